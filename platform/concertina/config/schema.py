@@ -1,0 +1,285 @@
+"""What may stand in a job file: one frozen model a section, bounds in the types, the unit and reason under each key.
+
+Keys of `model` are Hugging Face's where Hugging Face has one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "AnomalyConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "Job",
+    "LayoutConfig",
+    "ModelConfig",
+    "Precision",
+    "TokenizerConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]
+
+Precision = Literal["float64", "float32", "bfloat16"]
+AnomalyAction = Literal["skip", "stop", "roll_back"]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, docstrings under fields become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The decoder's shape."""
+
+    vocab_size: Positive = 4096
+    """Rows of the embedding; at least the tokenizer's size."""
+    hidden_size: Positive = 256
+    """Width of the residual stream."""
+    num_hidden_layers: Positive = 4
+    """Decoder layers."""
+    num_attention_heads: Positive = 8
+    """Query heads."""
+    num_key_value_heads: Positive = 4
+    """Key and value heads; divides num_attention_heads (grouped-query attention)."""
+    head_dim: Positive | None = None
+    """Width of a head; hidden_size / num_attention_heads when absent."""
+    max_position_embeddings: Positive = 2048
+    """Longest sequence, in tokens."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = False
+    """Output head shares the embedding's weight."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys: over each head (Qwen3) or over all heads at once (OLMoE)."""
+    clip_qkv: Annotated[float, Field(gt=0)] | None = None
+    """Clamp of query, key and value projections (OLMoE)."""
+    intermediate_size: Positive = 512
+    """Width of a dense layer's SwiGLU; only layers in mlp_only_layers use it."""
+    mlp_only_layers: tuple[NonNegative, ...] = ()
+    """Layers with a dense MLP instead of experts."""
+    num_experts: Positive = 8
+    """Routed experts of a layer."""
+    num_experts_per_tok: Positive = 2
+    """Experts a token goes to (top-k)."""
+    moe_intermediate_size: Positive = 512
+    """Width of one routed expert's SwiGLU."""
+    norm_topk_prob: bool = True
+    """The k chosen probabilities are divided by their sum."""
+    shared_expert_intermediate_size: NonNegative = 0
+    """Width of the expert every token goes to; 0 for none."""
+    shared_expert_gate: bool = False
+    """A sigmoid gate on the shared expert (Qwen2-MoE)."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the load-balancing loss, per packed sequence and layer; 0 switches it off."""
+    router_z_loss_coef: Annotated[float, Field(ge=0)] = 0.001
+    """Weight of the squared log-sum-exp of the router's logits; 0 switches it off."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        problems = []
+        if heads % kv:
+            problems.append(f"num_key_value_heads={kv} must divide num_attention_heads={heads}")
+        if self.head_dim is None and self.hidden_size % heads:
+            problems.append(
+                f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}, or set head_dim"
+            )
+        if self.width_of_head % 2:
+            problems.append(f"head_dim={self.width_of_head} must be even: rotary embedding turns pairs")
+        if self.num_experts_per_tok > self.num_experts:
+            problems.append(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+        beyond = [i for i in self.mlp_only_layers if i >= self.num_hidden_layers]
+        if beyond:
+            problems.append(f"mlp_only_layers={beyond} but layers are 0 to {self.num_hidden_layers - 1}")
+        if self.shared_expert_gate and not self.shared_expert_intermediate_size:
+            problems.append("shared_expert_gate needs shared_expert_intermediate_size > 0")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def width_of_head(self) -> int:
+        """Width of one head, given or derived."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has experts."""
+        return layer not in self.mlp_only_layers
+
+
+class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
+    path: str | None = None
+    """A `tokenizer.json`; absent: a byte-level BPE is trained on the corpus."""
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """Size of the trained BPE: 256 bytes, the end-of-text token, and merges."""
+
+
+class DataConfig(Section):
+    """The corpus and how it is cut into sequences."""
+
+    source: str | tuple[str, ...] = "stdlib"
+    """`stdlib` (the Python standard library's own source on this machine), or files and folders."""
+    format: Literal["auto", "text", "jsonl", "nanogpt"] = "auto"
+    """`auto` goes by the file's ending: .jsonl, .bin (nanoGPT), everything else is text."""
+    text_field: str = "text"
+    """The field of a .jsonl line that holds the text."""
+    include: tuple[str, ...] = ("*.txt", "*.md", "*.py", "*.jsonl")
+    """File name patterns taken from folders."""
+    max_bytes: Positive | None = None
+    """Stop reading after this many bytes of text; absent: all of it."""
+    sequence_length: Positive = 256
+    """Tokens a sequence predicts."""
+    validation_fraction: Fraction = 0.02
+    """Share of the sequences held out; never trained on."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+class AnomalyConfig(Section):
+    """What happens at a step whose loss or gradient is not finite, or whose loss jumps."""
+
+    nonfinite: AnomalyAction = "skip"
+    """`skip` leaves the weights as they were, `stop` ends the run, `roll_back` goes to the last checkpoint and
+    then skips that step."""
+    spike: AnomalyAction = "skip"
+    """The same for a loss above `spike_factor` times the mean of the last 32 steps."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """Absent: spikes are not looked for."""
+    max_events: Positive = 10
+    """After so many anomalies the run stops."""
+
+
+class TrainingConfig(Section):
+    """Steps, batch, optimizer, precision."""
+
+    steps: Positive = 200
+    """Optimizer steps."""
+    global_batch_size: Positive = 16
+    """Sequences a step, whatever the world."""
+    micro_batch_size: Positive | None = None
+    """Sequences a rank computes at once; absent: all of its share."""
+    precision: Precision = "float32"
+    """Of weights and activations; `bfloat16` keeps fp32 master weights, `float64` exists for equality tests."""
+    seed: NonNegative = 0
+    """Of the initial weights and the order of the data."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak of the schedule."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    """End of the cosine."""
+    warmup_steps: NonNegative = 20
+    """Linear from 0 to the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled (AdamW); on matrices, not on norms and biases."""
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Global-norm clipping."""
+    log_every_steps: Positive = 10
+    """Steps between progress lines."""
+    eval_every_steps: Positive = 50
+    """Steps between validations; the last step is always validated."""
+    eval_sequences: Positive = 64
+    """Held-out sequences a validation reads, the same ones each time."""
+    anomaly: AnomalyConfig = AnomalyConfig()
+
+
+class LayoutConfig(Section):
+    """Degrees of the two grids; dp and edp follow from the world."""
+
+    pp: Positive = 1
+    """Pipeline stages, shared by both grids."""
+    cp: Positive = 1
+    """Context parallel: chunks of a sequence."""
+    tp: Positive = 1
+    """Tensor parallel of attention."""
+    ep: Positive = 1
+    """Expert parallel: groups the experts are spread over."""
+    etp: Positive = 1
+    """Tensor parallel inside an expert."""
+
+
+class ClusterConfig(Section):
+    """The machines a run asks for."""
+
+    num_workers: Positive = 4
+    """Ranks, one process each."""
+    num_nodes: Positive = 2
+    """Ray nodes of the cluster that `concertina train` starts when none is given by --address."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: cuda (backend nccl) where Ray has GPUs, else cpu (gloo)."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """Logical CPUs a rank reserves in Ray."""
+    threads_per_worker: Positive = 1
+    """Compute threads of a rank on the CPU."""
+    capacity_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long a run waits for machines before it gives up (exit 104)."""
+
+
+class CheckpointConfig(Section):
+    """Durable checkpoints."""
+
+    every_steps: Positive = 100
+    """Steps between checkpoints; the last step and a stop always write one."""
+    keep: Positive = 3
+    """Newest complete checkpoints kept."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    tracking_uri: str | None = None
+    """Absent: sqlite under storage_path."""
+    experiment_name: str = "concertina"
+    """MLflow experiment."""
+
+
+class Job(Section):
+    """One job file."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,38}[a-z0-9])?$")]
+    """Prefix of run ids."""
+    storage_path: str = "runs"
+    """Folder of runs: logs, events, checkpoints, the MLflow database."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    layout: LayoutConfig = LayoutConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Job:
+        problems = []
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            problems.append(
+                f"data.sequence_length={self.data.sequence_length} is more than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
+            problems.append(
+                f"data.tokenizer.vocab_size={self.data.tokenizer.vocab_size} is more than "
+                f"model.vocab_size={self.model.vocab_size}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

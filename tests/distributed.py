@@ -1,0 +1,83 @@
+"""How does a test run a function on several ranks? `run_distributed(fn, world)`: forked from one process that has torch.
+
+`fn(rank, store, *args)` must be a module-level function; its results come back in rank order, and the first failing
+rank's traceback is what the test sees.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from queue import Empty
+from typing import Any
+
+from concertina.layout import Layout
+from concertina.parallel.groups import GroupOptions, Groups, connect_store, form_groups, make_store
+
+__all__ = ["form", "listening_store", "run_distributed"]
+
+_PRELOAD = ["torch", "concertina.parallel.groups", "concertina.layout", "numpy"]
+
+
+def listening_store(timeout_s: float = 30.0) -> Any:
+    """A store of this process on a free loopback port."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(128)
+    return make_store("127.0.0.1", listener.detach(), timedelta(seconds=timeout_s))
+
+
+def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0) -> Groups:
+    """The groups of `rank`; a world of one needs no store."""
+    if layout.world == 1:
+        return Groups.alone()
+    return form_groups(layout, rank, store, GroupOptions(timeout=timedelta(seconds=timeout_s)))
+
+
+def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 90.0) -> list[Any]:
+    """Call `fn(rank, store, *args)` on `world` fresh processes; return their results in rank order."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    store = listening_store(timeout_s)
+    results: Any = context.Queue()
+    ranks = [
+        context.Process(target=_main, args=(fn, rank, store.port, timeout_s, results, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        return _collect(results, world, timeout_s)
+    finally:
+        for process in ranks:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(results: Any, world: int, timeout_s: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    while len(found) < world:
+        try:
+            rank, value, error = results.get(timeout=timeout_s)
+        except Empty:
+            raise TimeoutError(f"ranks {sorted(set(range(world)) - set(found))} said nothing in {timeout_s} s") from None
+        if error:
+            raise AssertionError(f"rank {rank} failed:\n{error}")
+        found[rank] = value
+    return [found[rank] for rank in range(world)]
+
+
+def _main(fn: Callable[..., Any], rank: int, port: int, timeout_s: float, results: Any, args: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    store = connect_store("127.0.0.1", port, timedelta(seconds=timeout_s))
+    try:
+        results.put((rank, fn(rank, store, *args), None))
+    except BaseException:  # noqa: BLE001 - whatever it was, the test must see it
+        results.put((rank, None, traceback.format_exc()))
