@@ -1,0 +1,100 @@
+"""Who is where? Two grids over the same ranks: attention (pp, dp, cp, tp) folded with experts (pp, edp, ep, etp).
+
+MoE parallel folding, arXiv 2504.14960: the only bond between the grids is the pipeline, whose groups are identical;
+inside a stage dp*cp*tp == edp*ep*etp, and each side cuts the stage as it likes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from concertina.errors import LayoutError
+from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, Axis
+from concertina.layout.grid import Grid
+from concertina.layout.refusals import misfits
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A fitting pair of grids; `dp` and `edp` follow from the world. A value: equal degrees are equal layouts.
+
+    Raises LayoutError with every misfit: `data["problems"]` holds the lines, `data["keys"]` the axis of each.
+    """
+
+    world: int
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        found = misfits(self.world, self.pp, self.cp, self.tp, self.ep, self.etp)
+        if found:
+            problems = [text for _, text in found]
+            raise LayoutError("\n".join(problems), problems=problems, keys=[key for key, _ in found])
+
+    @classmethod
+    def of(cls, world: int, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> Layout:
+        """The layout with these degrees."""
+        return cls(world, pp, cp, tp, ep, etp)
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage: dp*cp*tp == edp*ep*etp."""
+        return self.world // self.pp
+
+    @property
+    def dp(self) -> int:
+        """Data parallel degree of attention."""
+        return self.stage // (self.cp * self.tp)
+
+    @property
+    def edp(self) -> int:
+        """Data parallel degree of experts."""
+        return self.stage // (self.ep * self.etp)
+
+    @cached_property
+    def attention(self) -> Grid:
+        """The grid that attention and dense layers see."""
+        return Grid(ATTENTION, (self.tp, self.cp, self.dp, self.pp))
+
+    @cached_property
+    def expert(self) -> Grid:
+        """The grid that routed experts see."""
+        return Grid(EXPERT, (self.etp, self.ep, self.edp, self.pp))
+
+    def grid(self, *axes: Axis) -> Grid:
+        """The grid that has `axes`; the pipeline alone is found on attention's."""
+        return self.attention if set(axes) <= set(ATTENTION) else self.expert
+
+    def degree(self, axis: Axis) -> int:
+        """Size of `axis`."""
+        return self.grid(axis).degree(axis)
+
+    def coordinate(self, rank: int, axis: Axis) -> int:
+        """Position of `rank` along `axis`."""
+        return self.grid(axis).coordinate(rank, axis)
+
+    def groups(self, name: str) -> list[list[int]]:
+        """Every group called `name` (tp cp dp dp_cp pp ep etp edp etp_ep): together they hold each rank once."""
+        axes = GROUPS[name]
+        return self.grid(*axes).groups(axes)
+
+    def group_of(self, name: str, rank: int) -> tuple[int, ...]:
+        """Ranks of the group called `name` that `rank` is in, ascending."""
+        axes = GROUPS[name]
+        return self.grid(*axes).group_of(axes, rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """`world`, the degrees of both grids, and every group by name, ready for json.dumps."""
+        return {
+            "world": self.world,
+            "attention": {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp},
+            "expert": {"pp": self.pp, "edp": self.edp, "ep": self.ep, "etp": self.etp},
+            "groups": {name: self.groups(name) for name in GROUPS},
+        }
