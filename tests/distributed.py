@@ -65,7 +65,9 @@ def _collect(results: Any, world: int, timeout_s: float) -> list[Any]:
         try:
             rank, value, error = results.get(timeout=timeout_s)
         except Empty:
-            raise TimeoutError(f"ranks {sorted(set(range(world)) - set(found))} said nothing in {timeout_s} s") from None
+            raise TimeoutError(
+                f"ranks {sorted(set(range(world)) - set(found))} said nothing in {timeout_s} s"
+            ) from None
         if error:
             raise AssertionError(f"rank {rank} failed:\n{error}")
         found[rank] = value

@@ -1,0 +1,1 @@
+"""Durable checkpoints, described by boxes. (Snapshots in peers' memory and reshard plans come here too.)"""

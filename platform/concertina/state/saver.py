@@ -1,0 +1,66 @@
+"""How does a rank write checkpoints without stopping? It copies its boxes, and a thread writes the copies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from concertina.errors import CheckpointError
+from concertina.state.boxed import BoxedTensor
+from concertina.state.checkpoint import Part, partial_folder, write_part
+
+__all__ = ["Saver"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    root: Path
+    rank: int
+    world: int
+    generation: int
+
+
+class Saver:
+    """Writes this rank's parts, one step at a time. `on_part(step, part)` is called from the writing thread."""
+
+    def __init__(
+        self, root: Path, rank: int, world: int, generation: int, on_part: Callable[[int, Part], None]
+    ) -> None:
+        self.place = _Place(root, rank, world, generation)
+        self.on_part = on_part
+        self._thread: threading.Thread | None = None
+        self._error: OSError | RuntimeError | None = None
+
+    def start(self, step: int, state: dict[str, BoxedTensor]) -> None:
+        """Copy `state` to host memory now and write it in the background; waits for the step before it."""
+        self.wait()
+        copies = {
+            key: BoxedTensor(boxed.piece.detach().to("cpu", copy=True), boxed.box, tuple(boxed.shape))
+            for key, boxed in state.items()
+        }
+        self._thread = threading.Thread(target=self._write, args=(step, copies), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def _write(self, step: int, state: dict[str, BoxedTensor]) -> None:
+        place = self.place
+        folder = partial_folder(place.root, step, place.generation)
+        try:
+            part = write_part(folder, state, rank=place.rank, world=place.world, generation=place.generation)
+        except (OSError, RuntimeError) as error:  # a full disk surfaces as either, through DCP
+            self._error = error
+        else:
+            self.on_part(step, part)
+
+    def wait(self, timeout_s: float = 600.0) -> None:
+        """Until the step under way is on storage. Raises CheckpointError if it could not be written."""
+        if self._thread is None:
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise CheckpointError(f"{self.place.root}: writing took more than {timeout_s:.0f} s")
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointError(f"{self.place.root}: could not write: {error}")
