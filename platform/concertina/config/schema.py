@@ -5,9 +5,10 @@ Keys of `model` are Hugging Face's where Hugging Face has one.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "AnomalyConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "DataConfig",
     "Job",
     "LayoutConfig",
+    "Misfits",
     "ModelConfig",
     "Precision",
     "TokenizerConfig",
@@ -25,9 +27,24 @@ __all__ = [
 
 Precision = Literal["float64", "float32", "bfloat16"]
 AnomalyAction = Literal["skip", "stop", "roll_back"]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _whole(value: Any) -> Any:
+    """`2e7` is a float in YAML and a count to a person."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Misfits(ValueError):
+    """Keys that do not fit each other: (key below the section, what is wrong) of each."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(text for _, text in problems))
+        self.problems = tuple(problems)
 
 
 class Section(BaseModel):
@@ -90,27 +107,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
-        heads, kv = self.num_attention_heads, self.num_key_value_heads
-        problems = []
-        if heads % kv:
-            problems.append(f"num_key_value_heads={kv} must divide num_attention_heads={heads}")
-        if self.head_dim is None and self.hidden_size % heads:
-            problems.append(
-                f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}, or set head_dim"
-            )
-        if self.width_of_head % 2:
-            problems.append(f"head_dim={self.width_of_head} must be even: rotary embedding turns pairs")
-        if self.num_experts_per_tok > self.num_experts:
-            problems.append(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
-            )
-        beyond = [i for i in self.mlp_only_layers if i >= self.num_hidden_layers]
-        if beyond:
-            problems.append(f"mlp_only_layers={beyond} but layers are 0 to {self.num_hidden_layers - 1}")
-        if self.shared_expert_gate and not self.shared_expert_intermediate_size:
-            problems.append("shared_expert_gate needs shared_expert_intermediate_size > 0")
+        problems = [*_head_misfits(self), *_expert_misfits(self)]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise Misfits(problems)
         return self
 
     @property
@@ -121,6 +120,36 @@ class ModelConfig(Section):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
         return layer not in self.mlp_only_layers
+
+
+def _head_misfits(model: ModelConfig) -> list[tuple[str, str]]:
+    heads, kv, hidden = model.num_attention_heads, model.num_key_value_heads, model.hidden_size
+    problems = []
+    if heads % kv:
+        problems.append(("num_key_value_heads", f"num_key_value_heads={kv} must divide num_attention_heads={heads}"))
+    if model.head_dim is None and hidden % heads:
+        text = f"num_attention_heads={heads} must divide hidden_size={hidden}, or set model.head_dim"
+        problems.append(("num_attention_heads", text))
+    elif model.width_of_head % 2:
+        text = f"a head is {model.width_of_head} wide, must be even (rotary embedding turns pairs): set model.head_dim"
+        problems.append(("head_dim", text))
+    return problems
+
+
+def _expert_misfits(model: ModelConfig) -> list[tuple[str, str]]:
+    experts, k = model.num_experts, model.num_experts_per_tok
+    problems = []
+    if k > experts:
+        text = f"num_experts_per_tok={k} is more than num_experts={experts}: set it to {experts} or less"
+        problems.append(("num_experts_per_tok", text))
+    beyond = [layer for layer in model.mlp_only_layers if layer >= model.num_hidden_layers]
+    if beyond:
+        text = f"{beyond} are beyond the last layer, {model.num_hidden_layers - 1} (layers count from 0)"
+        problems.append(("mlp_only_layers", text))
+    if model.shared_expert_gate and not model.shared_expert_intermediate_size:
+        text = "there is no shared expert to gate: set model.shared_expert_intermediate_size"
+        problems.append(("shared_expert_gate", text))
+    return problems
 
 
 class TokenizerConfig(Section):
@@ -143,6 +172,8 @@ class DataConfig(Section):
     """The field of a .jsonl line that holds the text."""
     include: tuple[str, ...] = ("*.txt", "*.md", "*.py", "*.jsonl")
     """File name patterns taken from folders."""
+    document_token: NonNegative | None = None
+    """Token id that ends a document in a nanoGPT .bin (50256 in GPT-2's vocabulary); absent: one document a file."""
     max_bytes: Positive | None = None
     """Stop reading after this many bytes of text; absent: all of it."""
     sequence_length: Positive = 256
@@ -200,6 +231,14 @@ class TrainingConfig(Section):
     """Held-out sequences a validation reads, the same ones each time."""
     anomaly: AnomalyConfig = AnomalyConfig()
 
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        low, high = self.min_learning_rate, self.learning_rate
+        if low > high:
+            text = f"min_learning_rate={low:g} is more than learning_rate={high:g}: set it to {high:g} or less"
+            raise Misfits([("min_learning_rate", text)])
+        return self
+
 
 class LayoutConfig(Section):
     """Degrees of the two grids; dp and edp follow from the world."""
@@ -231,6 +270,14 @@ class ClusterConfig(Section):
     """Compute threads of a rank on the CPU."""
     capacity_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """How long a run waits for machines before it gives up (exit 104)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ClusterConfig:
+        nodes, workers = self.num_nodes, self.num_workers
+        if nodes > workers:
+            text = f"num_nodes={nodes} is more than num_workers={workers}: a node needs at least one rank"
+            raise Misfits([("num_nodes", text)])
+        return self
 
 
 class CheckpointConfig(Section):
@@ -270,16 +317,14 @@ class Job(Section):
     @model_validator(mode="after")
     def _fits(self) -> Job:
         problems = []
-        if self.data.sequence_length > self.model.max_position_embeddings:
-            problems.append(
-                f"data.sequence_length={self.data.sequence_length} is more than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}"
-            )
-        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
-            problems.append(
-                f"data.tokenizer.vocab_size={self.data.tokenizer.vocab_size} is more than "
-                f"model.vocab_size={self.model.vocab_size}"
-            )
+        length, longest = self.data.sequence_length, self.model.max_position_embeddings
+        if length > longest:
+            text = f"sequence_length={length} is more than model.max_position_embeddings={longest}"
+            problems.append(("data.sequence_length", text))
+        words, rows = self.data.tokenizer.vocab_size, self.model.vocab_size
+        if self.data.tokenizer.path is None and words > rows:
+            text = f"vocab_size={words} is more than model.vocab_size={rows}: the embedding would lack rows"
+            problems.append(("data.tokenizer.vocab_size", text))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise Misfits(problems)
         return self

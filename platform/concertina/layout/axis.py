@@ -1,8 +1,9 @@
 """Which axes are there, on which of the two grids, and which of them span a named group?
 
-Both tables run from the fastest varying axis to the slowest: Megatron-Core's default order `tp-cp-ep-dp-pp`. The
-pipeline comes last on both sides. Listing 1 of the folding paper (arXiv 2504.14960) puts dp last instead, and then
-the pipeline groups of the two grids differ as soon as tp*cp != etp*ep: `tests/layout/test_fold.py` shows it.
+Both tables run from the fastest varying axis to the slowest: Megatron-Core's default order
+`tp-cp-ep-dp-pp`. The pipeline comes last on both sides. Listing 1 of the folding paper (arXiv 2504.14960)
+puts dp last instead, and then the pipeline groups of the two grids differ as soon as tp*cp != etp*ep:
+`tests/layout/test_fold.py` shows it.
 """
 
 from __future__ import annotations
@@ -45,4 +46,4 @@ GROUPS: dict[str, tuple[Axis, ...]] = {
     "edp": (Axis.EDP,),
     "etp_ep": (Axis.ETP, Axis.EP),
 }
-"""Group name -> the axes that vary inside it. Dense gradients are summed over dp_cp, expert gradients over edp."""
+"""Group name -> the axes that vary inside it. Dense gradients are summed over dp_cp, expert ones over edp."""

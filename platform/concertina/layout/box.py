@@ -9,8 +9,9 @@ __all__ = ["Box", "cut"]
 
 
 def cut(length: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, stop) of part `index` when `length` things are cut into `parts`: sizes differ by at most one, the larger
-    ones come first, and with more parts than things the last parts are empty.
+    """(start, stop) of part `index` when `length` things are cut into `parts`.
+
+    Sizes differ by at most one, larger ones come first; with more parts than things the last parts are empty.
 
     The one rule for sequences over dp, experts over ep, layers over pp and rows over optimizer shards.
     """
@@ -21,7 +22,7 @@ def cut(length: int, parts: int, index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """Half-open slice `start[d] <= i < stop[d]` of every dimension d. A scalar's box has no dimensions and size 1."""
+    """Half-open slice `start[d] <= i < stop[d]` of every dimension d; a scalar's box has none and size 1."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""Who is where? Two grids over the same ranks: attention (pp, dp, cp, tp) folded with experts (pp, edp, ep, etp).
+"""Who is where? Two grids over the same ranks: attention (pp, dp, cp, tp), experts (pp, edp, ep, etp).
 
-MoE parallel folding, arXiv 2504.14960: the only bond between the grids is the pipeline, whose groups are identical;
-inside a stage dp*cp*tp == edp*ep*etp, and each side cuts the stage as it likes.
+MoE parallel folding, arXiv 2504.14960: the only bond between the grids is the pipeline, whose groups are
+identical; inside a stage dp*cp*tp == edp*ep*etp, and each side cuts the stage as it likes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """A fitting pair of grids; `dp` and `edp` follow from the world. A value: equal degrees are equal layouts.
+    """A fitting pair of grids; `dp` and `edp` follow from the world. A value: same degrees, same layout.
 
     Raises LayoutError with every misfit: `data["problems"]` holds the lines, `data["keys"]` the axis of each.
     """
@@ -81,7 +81,7 @@ class Layout:
         return self.grid(axis).coordinate(rank, axis)
 
     def groups(self, name: str) -> list[list[int]]:
-        """Every group called `name` (tp cp dp dp_cp pp ep etp edp etp_ep): together they hold each rank once."""
+        """Every group called `name` (tp cp dp dp_cp pp ep etp edp etp_ep): each rank is in one."""
         axes = GROUPS[name]
         return self.grid(*axes).groups(axes)
 

@@ -39,9 +39,7 @@ class Grid:
         """Ranks of the sub-grid that `axes` span through rank 0, ascending."""
         wanted = set(axes)
         ranks = [0]
-        for (
-            axis
-        ) in self.axes:  # fastest first: each slower axis appends shifted copies, so the list stays sorted
+        for axis in self.axes:  # fastest first: each slower axis appends shifted copies, so the list stays sorted
             if axis in wanted:
                 stride = self.stride(axis)
                 ranks = [step * stride + rank for step in range(self.degree(axis)) for rank in ranks]

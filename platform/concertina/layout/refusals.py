@@ -22,8 +22,10 @@ def one_of(values: Sequence[object], most: int = 12) -> str:
 
 
 def misfits(world: int, pp: int, cp: int, tp: int, ep: int, etp: int) -> list[tuple[str, str]]:
-    """(axis, line) for each degree that does not fit, empty when all do. Each side stops at its first: the values
-    a later axis could take depend on the earlier ones."""
+    """(axis, line) for each degree that does not fit, empty when all do.
+
+    Each side stops at its first: the values a later axis could take depend on the earlier ones.
+    """
     given = {"world": world, "pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
     small = [(key, f"{key}={value} must be at least 1") for key, value in given.items() if value < 1]
     if small:

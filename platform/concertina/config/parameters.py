@@ -1,0 +1,44 @@
+"""How many weights does a model have, and how many does one token meet?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from concertina.config.schema import ModelConfig
+
+__all__ = ["Parameters", "count_parameters"]
+
+
+class Parameters(NamedTuple):
+    """Numbers of weights. `active`: those that one token is multiplied with, embeddings and head included."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """Both counts, as model cards give them. Legend: D hidden, H heads, K key-value heads, N head width."""
+    D, V = model.hidden_size, model.vocab_size
+    outside = V * D * (1 if model.tie_word_embeddings else 2) + D
+    total = active = outside
+    for layer in range(model.num_hidden_layers):
+        always = _attention(model) + 2 * D
+        if model.is_moe_layer(layer):
+            routed = 3 * D * model.moe_intermediate_size
+            always += D * model.num_experts + 3 * D * model.shared_expert_intermediate_size
+            always += D if model.shared_expert_gate else 0
+            total += always + model.num_experts * routed
+            active += always + model.num_experts_per_tok * routed
+        else:
+            always += 3 * D * model.intermediate_size
+            total += always
+            active += always
+    return Parameters(total, active)
+
+
+def _attention(model: ModelConfig) -> int:
+    D, N = model.hidden_size, model.width_of_head
+    q, kv = model.num_attention_heads * N, model.num_key_value_heads * N
+    biases = q + 2 * kv if model.attention_bias else 0
+    norms = {"none": 0, "head": 2 * N, "full": q + kv}[model.qk_norm]
+    return D * q + 2 * D * kv + q * D + biases + norms
