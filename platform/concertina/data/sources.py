@@ -1,0 +1,236 @@
+"""Where does the text come from? Finds the files a job names and reads them piece by piece.
+
+A piece is at most about PIECE_BYTES of text: large documents are cut where a tokenizer would cut as well (after a line
+end between two visible characters), so that memory stays bounded and all cores tokenize.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from concertina.config.schema import DataConfig
+from concertina.errors import DataError
+
+__all__ = ["STDLIB", "Piece", "SourceFile", "find_files", "read_pieces"]
+
+STDLIB = "stdlib"
+PIECE_BYTES = 256 * 1024
+# Not prose a model should learn from: tests, vendored packages, generated tables (`encodings` is character maps), and
+# what differs between two installations of the same Python.
+STDLIB_SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "encodings", "lib2to3"}
+)
+STDLIB_SKIPPED_FILES = ("_sysconfigdata*", "_sysconfig_vars*", "sitecustomize.py", "usercustomize.py")
+LINE_END = re.compile(rb"\S\n(?=\S)")
+
+Kind = Literal["text", "jsonl", "nanogpt"]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file. `name` is what identifies it: its path, or for the standard library its path inside."""
+
+    path: Path
+    name: str
+    kind: Kind
+    num_bytes: int
+    mtime_ns: int | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one document, or a part of it; `num_bytes` is its size in UTF-8."""
+
+    text: str
+    num_bytes: int
+    starts_document: bool
+    ends_document: bool
+
+
+def find_files(data: DataConfig) -> list[SourceFile]:
+    """The files `data.source` names, in a fixed order: as named, folders in alphabetical order of their paths.
+
+    Raises DataError for a missing file, a folder without a match, text mixed with token files, or an empty corpus.
+    """
+    named = (data.source,) if isinstance(data.source, str) else data.source
+    files = [file for source in named for file in _files_of(source, data)]
+    kinds = {file.kind for file in files}
+    if "nanogpt" in kinds and len(kinds) > 1:
+        one = {file.kind: str(file.path) for file in files}
+        raise DataError(
+            f"data.source mixes token files ({one.pop('nanogpt')}) with text ({one.popitem()[1]}): "
+            f"name only one of the two kinds",
+        )
+    if not sum(file.num_bytes for file in files):
+        raise DataError(
+            f"the corpus is empty: {len(files)} file(s) of data.source={', '.join(named)} hold 0 bytes; "
+            f"name files that hold text",
+        )
+    return files
+
+
+def read_pieces(files: list[SourceFile], data: DataConfig) -> Iterator[Piece]:
+    """The text of all documents in order, `data.max_bytes` of it at most; documents without text are left out."""
+    left = sys.maxsize if data.max_bytes is None else data.max_bytes
+    for file in files:
+        for piece in _json_lines(file.path, data) if file.kind == "jsonl" else _text(file.path):
+            if piece.num_bytes >= left:
+                if text := piece.text.encode()[:left].decode(errors="ignore"):
+                    yield Piece(text, len(text.encode()), piece.starts_document, ends_document=True)
+                return
+            left -= piece.num_bytes
+            yield piece
+
+
+def _files_of(source: str, data: DataConfig) -> list[SourceFile]:
+    if source == STDLIB:
+        return _stdlib()
+    path = Path(source).expanduser().absolute()
+    if path.is_dir():
+        return [_source_file(found, data) for found in _matches(path, source, data)]
+    if not path.is_file():
+        parent = next(p for p in path.parents if p.is_dir())
+        reason = "" if parent == path.parent else f" ({parent} is the part of the path that exists)"
+        raise DataError(f"data.source: no file or folder {path}{reason}; correct the path", path=str(path))
+    return [_source_file(path, data)]
+
+
+def _source_file(path: Path, data: DataConfig) -> SourceFile:
+    by_ending: dict[str, Kind] = {".jsonl": "jsonl", ".bin": "nanogpt"}
+    kind = by_ending.get(path.suffix, "text") if data.format == "auto" else data.format
+    status = path.stat()
+    if kind == "nanogpt" and status.st_size % 2:
+        raise DataError(
+            f"{path}: {status.st_size} bytes is not a whole number of uint16 tokens; "
+            f"the file is cut short or not a nanoGPT .bin: write it again, or set data.format",
+            path=str(path),
+            num_bytes=status.st_size,
+        )
+    return SourceFile(path, str(path), kind, status.st_size, status.st_mtime_ns)
+
+
+def _matches(folder: Path, source: str, data: DataConfig) -> list[Path]:
+    patterns = data.include
+    if data.format == "nanogpt":
+        patterns = tuple(p for p in patterns if p.endswith(".bin")) or ("*.bin",)
+    present = [path for path in _walk(folder) if path.is_file()]
+    found = [path for path in present if any(fnmatch(path.name, p) for p in patterns)]
+    if not found:
+        example = f", for example {present[0].relative_to(folder)}" if present else ""
+        raise DataError(
+            f"data.source: none of the {len(present)} files in {source}{example} matches "
+            f"{', '.join(patterns)}; name other patterns in data.include",
+            folder=str(folder),
+            num_files=len(present),
+        )
+    return found
+
+
+def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files under `folder` in a fixed order; hidden and cache folders are left out."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in skipped and f != "__pycache__" and f[0] != ".")
+        yield from (Path(parent, name) for name in sorted(names))
+
+
+def _stdlib() -> list[SourceFile]:
+    """The running Python's standard library. No modification times and no folder: every installation of one version
+    gives the same corpus."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in _walk(root, STDLIB_SKIPPED_FOLDERS):
+        if path.suffix == ".py" and not any(fnmatch(path.name, p) for p in STDLIB_SKIPPED_FILES):
+            found.append(SourceFile(path, path.relative_to(root).as_posix(), "text", path.stat().st_size, None))
+    if not found:
+        raise DataError(
+            f"data.source: no standard library source (.py files) in {root}: this Python ships without it; "
+            f"name files or folders of text in data.source",
+        )
+    return found
+
+
+def _text(path: Path) -> Iterator[Piece]:
+    """One document, the whole file."""
+    rest, offset, first = b"", 0, True
+    with path.open("rb") as file:
+        last = False
+        while not last:
+            block = file.read(PIECE_BYTES)
+            last = len(block) < PIECE_BYTES
+            rest += block
+            at = len(rest) if last else _place_to_cut(rest)
+            text = _decode(rest[:at], path, offset)
+            if at or not first:
+                yield Piece(text, at, first, last)
+            rest, offset, first = rest[at:], offset + at, False
+
+
+def _place_to_cut(raw: bytes) -> int:
+    """Length of the piece to take: up to a line end between two visible characters, else any line end, else the
+    beginning of the last character (UTF-8 continuation bytes are 10xxxxxx)."""
+    tail = max(0, len(raw) - PIECE_BYTES // 4)
+    ends = [match.end() for match in LINE_END.finditer(raw, tail)]
+    if ends:
+        return ends[-1]
+    if newline := raw.rfind(b"\n", tail) + 1:
+        return newline
+    at = len(raw) - 1
+    while at > len(raw) - 4 and raw[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise DataError(
+            f"{path}: byte {at} (0x{raw[error.start]:02x}) is not UTF-8 text; convert the file "
+            f"(iconv -t utf-8), leave it out with data.include, or set data.format if it holds tokens",
+            path=str(path),
+            offset_bytes=at,
+        ) from error
+
+
+def _json_lines(path: Path, data: DataConfig) -> Iterator[Piece]:
+    """One document a line; empty lines and empty texts are left out."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = _decode(raw, path, offset)
+            offset += len(raw)
+            if line.strip():
+                text = _text_of_line(line, f"{path}:{number}", data.text_field)
+                if text:
+                    yield Piece(text, _num_bytes(text, f"{path}:{number}"), True, True)
+
+
+def _text_of_line(line: str, where: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}); mend or remove it") from error
+    if not isinstance(record, dict) or field not in record:
+        has = f"has {', '.join(map(str, record))}" if isinstance(record, dict) else "is no object"
+        raise DataError(f"{where}: no field '{field}' (the line {has}); set data.text_field")
+    if not isinstance(record[field], str):
+        kind = type(record[field]).__name__
+        raise DataError(f"{where}: field '{field}' is {kind}, not text; set data.text_field or mend the line")
+    return record[field]
+
+
+def _num_bytes(text: str, where: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half a surrogate pair at character {error.start}; mend or remove it") from error
