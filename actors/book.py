@@ -1,0 +1,149 @@
+"""What does the coordinator know of a run, and what does it write down? Messages in, events and checkpoints out.
+
+Tested without Ray. A session of a run begins at the step of a checkpoint; each step after it is recorded once, also
+when the coordinator restarts and ranks say again what it may have missed. Rolling back voids what came after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from concertina.elastic.blame import Blame, find_blame
+from concertina.elastic.messages import (
+    AnomalySeen,
+    Committed,
+    Evaluated,
+    Finished,
+    Message,
+    PartWritten,
+    RankError,
+    RolledBack,
+    Started,
+)
+from concertina.elastic.states import RunEvent, RunState, transition
+from concertina.errors import CheckpointError
+from concertina.state.checkpoint import checkpoint_folder, commit, prune
+from concertina.track.events import EventLog, EventType, read_events
+
+__all__ = ["Book"]
+
+
+class Book:
+    """One run's state in one generation. Called from one thread."""
+
+    def __init__(self, log: EventLog, checkpoints: Path, world: int, generation: int, keep: int) -> None:
+        self.log, self.checkpoints = log, checkpoints
+        self.world, self.generation, self.keep = world, generation, keep
+        self.state = RunState.WAITING_FOR_CAPACITY
+        self.reason = ""
+        self.step = 0
+        self.stop_reason = "asked to stop"
+        self.started: set[int] = set()
+        self.finished: dict[int, Finished] = {}
+        self.errors: list[RankError] = []
+        self.lost: dict[int, str] = {}
+        self._written = _written_in_session(log.path)
+        self._handlers: dict[type[Message], Callable[[Any], None]] = {
+            Started: self._on_started,
+            Committed: self._on_committed,
+            Evaluated: self._on_evaluated,
+            PartWritten: self._on_part,
+            AnomalySeen: self._on_anomaly,
+            RolledBack: self._on_rolled_back,
+            Finished: self._on_finished,
+            RankError: self.errors.append,
+        }
+
+    def event(self, kind: EventType, step: int | None = None, **data: Any) -> None:
+        """Append one event of this generation."""
+        self.log.append(kind, data, generation=self.generation, step=step)
+
+    def move(self, event: RunEvent, reason: str = "", **data: Any) -> None:
+        """Make one transition and record it, if it is one."""
+        state = transition(self.state, event)
+        if state is self.state:
+            return
+        self.state, self.reason = state, reason
+        self.event(EventType.STATE, self.step, state=state.value, reason=reason, **data)
+
+    def record(self, message: Message) -> None:
+        """Take in one message of a rank."""
+        self._handlers[type(message)](message)
+
+    def blame(self) -> Blame | None:
+        """Who broke the run, as far as is known."""
+        return find_blame(self.errors, {rank: why for rank, why in self.lost.items() if rank not in self.finished})
+
+    @property
+    def all_finished(self) -> bool:
+        return len(self.finished) == self.world
+
+    # -- one handler a message ------------------------------------------------------------------------------------
+
+    def _on_started(self, message: Started) -> None:
+        self.started.add(message.rank)
+        self.step = max(self.step, message.step)
+        if len(self.started) == self.world:
+            self.move(RunEvent.FORMED, **message.seconds)
+
+    def _on_committed(self, message: Committed) -> None:
+        self.step = message.step
+        if message.step > self._written.get(EventType.STEP, 0):
+            self._written[EventType.STEP] = message.step
+            self.event(EventType.STEP, message.step, **message.metrics)
+
+    def _on_evaluated(self, message: Evaluated) -> None:
+        if message.step > self._written.get(EventType.EVAL, 0):
+            self._written[EventType.EVAL] = message.step
+            self.event(EventType.EVAL, message.step, loss=message.loss)
+
+    def _on_part(self, message: PartWritten) -> None:
+        try:
+            manifest = commit(self.checkpoints, message.step, self.generation, message.facts)
+        except CheckpointError as error:
+            self.event(EventType.ERROR, message.step, message=str(error), rank=message.rank, traceback="")
+            return
+        if manifest is None:
+            return
+        folder = checkpoint_folder(self.checkpoints, message.step)
+        facts = {key: message.facts[key] for key in ("tokens", "layout") if key in message.facts}
+        self.event(EventType.CHECKPOINT, message.step, path=f"checkpoints/{folder.name}", bytes=manifest.bytes, **facts)
+        for gone in prune(self.checkpoints, self.keep):
+            self.event(EventType.CHECKPOINT_REMOVED, message.step, path=f"checkpoints/{gone.name}")
+
+    def _on_anomaly(self, message: AnomalySeen) -> None:
+        self.event(
+            EventType.ANOMALY, message.step, kind=message.anomaly, action=message.action, detail=message.detail
+        )
+
+    def _on_rolled_back(self, message: RolledBack) -> None:
+        self.step = message.to_step
+        self._written = {EventType.STEP: message.to_step, EventType.EVAL: message.to_step}
+        self.event(EventType.ROLLBACK, message.from_step, to_step=message.to_step)
+
+    def _on_finished(self, message: Finished) -> None:
+        self.finished[message.rank] = message
+        if not self.all_finished:
+            return
+        if message.reason == "done":
+            self.move(RunEvent.DONE)
+        elif message.reason == "stopped":
+            self.move(RunEvent.LEFT, self.stop_reason)
+        else:
+            self.move(RunEvent.FAILURE, f"the anomaly policy stopped the run at step {message.step}")
+
+
+def _written_in_session(path: Path) -> dict[str, int]:
+    """Newest step recorded since the session began or last rolled back, by event type."""
+    last: dict[str, int] = {}
+    for event in read_events(path):
+        if event.type == EventType.START:
+            from_step = int(event.data.get("resumed_from_step") or 0)
+            last = {EventType.STEP: from_step, EventType.EVAL: from_step}
+        elif event.type == EventType.ROLLBACK:
+            last = {EventType.STEP: int(event.data["to_step"]), EventType.EVAL: int(event.data["to_step"])}
+        elif event.step is not None:
+            last[event.type] = max(last.get(event.type, 0), event.step)
+    return last

@@ -1,0 +1,1 @@
+"""One rank's engine: build, step, optimizer, loop."""

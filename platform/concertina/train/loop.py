@@ -1,0 +1,177 @@
+"""What does a rank do from its first step to its last? Steps, validations, checkpoints, and one word a step on whether
+to go on.
+
+The loop knows no Ray and no sockets: it talks to whoever started it through a `Link`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from concertina.config import Job
+from concertina.elastic.messages import (
+    AnomalySeen,
+    Committed,
+    Evaluated,
+    Finished,
+    Message,
+    PartWritten,
+    RolledBack,
+)
+from concertina.parallel.collectives import all_reduce_sum
+from concertina.state.checkpoint import Part, checkpoint_folder, list_checkpoints, read_manifest
+from concertina.state.saver import Saver
+from concertina.train.engine import Engine, StepResult
+
+__all__ = ["CHECKPOINT", "STOP", "Link", "Loop"]
+
+STOP, CHECKPOINT = 1, 2  # bits of the control word
+
+
+class Link(Protocol):
+    """A rank's way to its coordinator. No verb waits for the network."""
+
+    def word(self) -> int:
+        """The control word to put on the next step; asked of the first rank only."""
+
+    def send(self, message: Message) -> None:
+        """Hand over a message, delivered in order and once."""
+
+    def progress(self, step: int, phase: str) -> None:
+        """Say where the training thread is; heartbeats carry it."""
+
+
+@dataclass
+class _Clock:
+    """Time of the steps since the last look, without validations and checkpoints."""
+
+    started: float = 0.0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        return seconds
+
+
+class Loop:
+    """Runs one rank's engine from the step it stands at to the last one, or to where the word says stop."""
+
+    def __init__(self, engine: Engine, checkpoints: Path, generation: int, link: Link) -> None:
+        self.engine = engine
+        self.job: Job = engine.job
+        self.link = link
+        self.root = checkpoints
+        self.first = engine.rank == 0
+        self.saver = Saver(checkpoints, engine.rank, engine.layout.world, generation, self._part_written)
+        self.saved = -1
+        self._facts: dict[int, dict[str, object]] = {}
+        self._waiting: tuple[StepResult, float] | None = None
+        self._clock = _Clock()
+
+    def run(self) -> Finished:
+        """Every rank of the world calls it. Returns when the last checkpoint of this rank is on storage."""
+        reason, last = "done", self.job.training.steps
+        self._clock.lap()
+        while self.engine.applied < last:
+            outcome = self._step(self.engine.applied + 1)
+            if outcome is not None:
+                reason = outcome
+                break
+        self._finish()
+        finished = Finished(self.engine.rank, self.engine.applied, reason)
+        self.link.send(finished)
+        return finished
+
+    def _step(self, step: int) -> str | None:
+        """One step and what is due after it; the reason to leave, if there is one."""
+        self.link.progress(step, "step")
+        result = self.engine.train_step(step, self.link.word() if self.first else 0)
+        self._commit_previous(result)
+        if result.anomaly is not None and not self._act_on(result):
+            return "anomaly"
+        if self.engine.applied != step:
+            return None  # rolled back
+        self._waiting = (result, self._clock.lap())
+        if step % self.job.training.eval_every_steps == 0 or step == self.job.training.steps:
+            self._evaluate(step)
+        if step % self.job.checkpoint.every_steps == 0 or result.word & CHECKPOINT:
+            self._save(step)
+        return "stopped" if result.word & STOP else None
+
+    def _commit_previous(self, result: StepResult) -> None:
+        if self._waiting is not None and result.acknowledged:
+            self._report_committed()
+
+    def _report_committed(self) -> None:
+        assert self._waiting is not None
+        (committed, seconds), self._waiting = self._waiting, None
+        if self.first:
+            self.link.send(Committed(committed.step, {**committed.metrics(), "step_s": seconds}))
+
+    def _evaluate(self, step: int) -> None:
+        self.link.progress(step, "validation")
+        loss = self.engine.evaluate()
+        if self.first:
+            self.link.send(Evaluated(step, loss))
+        self._clock.lap()
+
+    def _save(self, step: int) -> None:
+        self.link.progress(step, "checkpoint")
+        self._facts[step] = self.engine.facts()
+        self.saver.start(step, self.engine.state())
+        self.saved = step
+        self._clock.lap()
+
+    def _part_written(self, step: int, part: Part) -> None:
+        facts = self._facts.pop(step)
+        self.link.send(PartWritten(part.rank, step, facts))
+
+    def _finish(self) -> None:
+        """Commit the last step and leave a checkpoint of it."""
+        step = self.engine.applied
+        if self.engine.confirm() and self._waiting is not None:
+            self._report_committed()
+        if self.saved != step and step > 0:
+            self._save(step)
+        self.link.progress(step, "last checkpoint")
+        self.saver.wait()
+
+    # -- anomalies ------------------------------------------------------------------------------------------------
+
+    def _act_on(self, result: StepResult) -> bool:
+        """Do what the job file says; False ends the run. Every rank sees the same anomaly and does the same."""
+        anomaly = result.anomaly
+        assert anomaly is not None
+        if self.first:
+            self.link.send(AnomalySeen(anomaly.step, anomaly.kind, anomaly.action, anomaly.detail))
+        if anomaly.action == "skip":
+            return True
+        return anomaly.action == "roll_back" and self._roll_back(anomaly.step)
+
+    def _roll_back(self, bad_step: int) -> bool:
+        """Load the newest complete checkpoint and mark the bad step to be skipped; False when there is none."""
+        self.saver.wait()
+        to_step = self._newest_checkpoint()
+        if to_step is None:
+            return False
+        self.engine.load(checkpoint_folder(self.root, to_step))
+        self.engine.watch.skipped.add(bad_step)
+        self._waiting = None
+        if self.first:
+            self.link.send(RolledBack(bad_step, to_step))
+        self._clock.lap()
+        return True
+
+    def _newest_checkpoint(self) -> int | None:
+        """The first rank looks and all hear the same answer: others may see storage later than it does."""
+        found = -1
+        if self.first and (complete := list_checkpoints(self.root)):
+            found = read_manifest(complete[-1]).step
+        heard = torch.tensor([float(found if self.first else 0)], dtype=torch.float64, device=self.engine.device)
+        step = int(all_reduce_sum(heard, self.engine.groups.world).finish().item())
+        return step if step >= 0 else None
