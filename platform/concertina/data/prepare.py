@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 import psutil
+import tokenizers
 from tokenizers import Tokenizer
 
 from concertina.config.schema import DataConfig
@@ -53,7 +54,8 @@ def prepare(data: DataConfig, storage: Path | str, vocab_size: int, progress: Pr
 
 def fingerprint(files: list[SourceFile], data: DataConfig) -> str:
     """32 hexadecimal characters; equal for equal sources and settings, without reading any text."""
-    tokenizer: list[str | int | None] = [data.tokenizer.vocab_size]
+    # A trained vocabulary may differ between versions of the library.
+    tokenizer: list[str | int] = [data.tokenizer.vocab_size, tokenizers.__version__]
     if data.tokenizer.path is not None:
         path = _tokenizer_path(data.tokenizer.path)
         tokenizer = [str(path), path.stat().st_size, path.stat().st_mtime_ns]

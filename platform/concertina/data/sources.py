@@ -20,7 +20,7 @@ from typing import Literal
 from concertina.config.schema import DataConfig
 from concertina.errors import DataError
 
-__all__ = ["STDLIB", "Piece", "SourceFile", "find_files", "read_pieces"]
+__all__ = ["STDLIB", "Piece", "SourceFile", "find_files", "read_pieces", "standard_library"]
 
 STDLIB = "stdlib"
 PIECE_BYTES = 256 * 1024
@@ -93,7 +93,7 @@ def read_pieces(files: list[SourceFile], data: DataConfig) -> Iterator[Piece]:
 
 def _files_of(source: str, data: DataConfig) -> list[SourceFile]:
     if source == STDLIB:
-        return _stdlib()
+        return standard_library(Path(sysconfig.get_path("stdlib")))
     path = Path(source).expanduser().absolute()
     if path.is_dir():
         return [_source_file(found, data) for found in _matches(path, source, data)]
@@ -142,10 +142,9 @@ def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]
         yield from (Path(parent, name) for name in sorted(names))
 
 
-def _stdlib() -> list[SourceFile]:
-    """The running Python's standard library. No modification times and no folder: every installation of one version
-    gives the same corpus."""
-    root = Path(sysconfig.get_path("stdlib"))
+def standard_library(root: Path) -> list[SourceFile]:
+    """The .py files of a Python's standard library. No modification times and no folder in what identifies them:
+    every installation of one version gives the same corpus."""
     found = []
     for path in _walk(root, STDLIB_SKIPPED_FOLDERS):
         if path.suffix == ".py" and not any(fnmatch(path.name, p) for p in STDLIB_SKIPPED_FILES):
@@ -217,7 +216,7 @@ def _json_lines(path: Path, data: DataConfig) -> Iterator[Piece]:
 
 def _text_of_line(line: str, where: str, field: str) -> str:
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON at column {error.colno} ({error.msg}); mend or remove it") from error
     if not isinstance(record, dict) or field not in record:

@@ -27,6 +27,8 @@ OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 # The merges of a few thousand tokens settle long before this: training time is bounded, whatever the corpus.
 TRAINING_SAMPLE_BYTES = 8_000_000
 PARALLELISM = "TOKENIZERS_PARALLELISM"
+# The library takes it as "false". Nobody else writes it so: found at the next call, it is ours, not the user's.
+AFTERWARDS = "off"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -85,13 +87,14 @@ def sample(pieces: Iterable[Piece], total_bytes: int, limit_bytes: int = TRAININ
 def all_cores() -> Iterator[None]:
     """`tokenizers` may use its threads inside, and stays silent when this process forks later.
 
-    The library reads the variable at each call; left unset, it warns at every fork after parallel work.
+    The library reads the variable at each call; left unset, it warns at every fork after parallel work. A value the
+    user has set stays.
     """
-    if PARALLELISM in os.environ:
+    if os.environ.get(PARALLELISM, AFTERWARDS) != AFTERWARDS:
         yield
         return
     os.environ[PARALLELISM] = "true"
     try:
         yield
     finally:
-        os.environ[PARALLELISM] = "false"
+        os.environ[PARALLELISM] = AFTERWARDS
