@@ -1,0 +1,51 @@
+"""How does a driver join a Ray cluster, ours or somebody else's?"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.keeper_spec import ray_environment
+
+__all__ = ["ClusterAccess"]
+
+
+@dataclass(frozen=True)
+class ClusterAccess:
+    """Where a cluster is, and the token of it when it is a local one of ours (its nodes are on 127.0.0.1)."""
+
+    address: str
+    token_path: Path | None = None
+
+    def environment(self) -> dict[str, str]:
+        """Variables a process needs before it imports ray; empty for a cluster that is not ours."""
+        return {} if self.token_path is None else ray_environment(self.token_path)
+
+    def connect(self, namespace: str) -> None:
+        """`ray.init` with nothing printed and no log streamed.
+
+        Installs Ray's SIGTERM handler in the main thread: install your own afterwards.
+        """
+        if self.token_path is not None:
+            self._prepare_own()
+        import ray
+
+        ray.init(
+            address=self.address,
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+
+    def _prepare_own(self) -> None:
+        """Ray may have been imported before: then its copies of these settings are renewed as well."""
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # would outrank the path
+        os.environ.update(self.environment())
+        from ray._private import ray_constants
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()

@@ -1,0 +1,163 @@
+"""python -m infra.keeper SPEC_JSON: who owns a local Ray cluster when its driver may be killed at any moment?
+
+This process does. It starts the nodes, tells the driver where they are (one JSON line on stdout), and watches the
+driver through its pid and a pipe on stdin. When the driver is gone it lets our actors finish (checkpoint, tracking
+status) within a bound, then ends every process below it, removes the temporary folder and exits. SIGTERM, SIGINT or
+the line `stop` on stdin end it at once. Not started by hand: `infra.local_cluster` does that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+from infra.keeper_spec import CLUSTER_FILE, KeeperReport, KeeperSpec, StartProblem
+from infra.processes import adopt_orphans, end_descendants, is_alive, reap, start_time
+
+if TYPE_CHECKING:
+    from infra.ray_nodes import LocalNodes
+
+__all__ = ["NAMESPACE_PREFIX", "Watch", "Why", "main"]
+
+NAMESPACE_PREFIX = "concertina"
+_SESSION_NAME = "session"  # short: a Unix socket's path holds 107 characters
+_TICK = timedelta(seconds=0.25)
+_START_TICK = timedelta(seconds=0.02)
+_END_BOUND = timedelta(seconds=15)
+
+log = logging.getLogger("infra.keeper")
+
+
+class Why(StrEnum):
+    """Reasons to end."""
+
+    ASKED = "asked to stop"
+    DRIVER_GONE = "the driver is gone"
+
+
+class Watch:
+    """What the keeper listens to: signals, the driver's pid, the pipe the driver holds open."""
+
+    def __init__(self, driver_pid: int, driver_started_s: float, pipe: int) -> None:
+        self._driver = (driver_pid, driver_started_s)
+        self._pipe: int | None = pipe
+        self._asked = False
+        self._wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def wait(self, bound: timedelta) -> Why | None:
+        """Return at the first reason to end, or None after `bound`. The wish to stop outranks a lost driver."""
+        sources = [self._wake_read] if self._pipe is None else [self._wake_read, self._pipe]
+        readable, _, _ = select.select(sources, [], [], bound.total_seconds())
+        if self._wake_read in readable:
+            os.read(self._wake_read, 64)
+        if self._pipe in readable:
+            self._read_pipe()
+        if self._asked:
+            return Why.ASKED
+        gone = self._pipe is None or not is_alive(*self._driver)
+        return Why.DRIVER_GONE if gone else None
+
+    def _read_pipe(self) -> None:
+        assert self._pipe is not None
+        words = os.read(self._pipe, 4096)
+        if b"stop" in words:
+            self._asked = True
+        if not words:
+            self._pipe = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def main(arguments: list[str]) -> int:
+    spec = KeeperSpec.from_json(arguments[0])
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    sys.excepthook = _last_words
+    watch = Watch(spec.driver_pid, spec.driver_started_s, sys.stdin.fileno())
+    adopt_orphans()
+    try:
+        _keep(spec, watch)
+    finally:
+        left = end_descendants(_END_BOUND)
+        shutil.rmtree(spec.temp_dir, ignore_errors=True)
+    if left:
+        log.error("still there after %g s: %s", _END_BOUND.total_seconds(), left)
+    return 1 if left else 0
+
+
+def _keep(spec: KeeperSpec, watch: Watch) -> None:
+    from infra.ray_nodes import LocalNodes  # imports ray, which takes 0.3 s: signals are handled before
+
+    nodes = LocalNodes(spec, _SESSION_NAME)
+    if not _start(nodes, spec, watch):
+        return
+    own_start = start_time(os.getpid())
+    assert own_start is not None
+    report = KeeperReport(nodes.address, str(nodes.session_dir), nodes.dashboard_url, os.getpid(), own_start)
+    nodes.let_go()
+    Path(spec.temp_dir, CLUSTER_FILE).write_text(report.to_json())
+    _tell(report)
+    why = None
+    while why is None:
+        why = watch.wait(_TICK)
+        reap()
+    log.info("%s", why)
+    if why is Why.DRIVER_GONE:
+        _let_actors_finish(nodes, timedelta(seconds=spec.actors_timeout_s), watch)
+
+
+def _start(nodes: LocalNodes, spec: KeeperSpec, watch: Watch) -> bool:
+    """Start every node; False when there was a reason to end meanwhile."""
+    deadline = time.monotonic() + spec.startup_timeout_s
+    nodes.start()
+    while True:
+        if nodes.ready():
+            return True
+        if watch.wait(_START_TICK) is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise StartProblem(f"Ray did not start within {spec.startup_timeout_s:g} s")
+
+
+def _let_actors_finish(nodes: LocalNodes, bound: timedelta, watch: Watch) -> None:
+    """Wait until no actor of ours lives, at most `bound`: the coordinator writes a checkpoint and the status."""
+    deadline = time.monotonic() + bound.total_seconds()
+    while time.monotonic() < deadline and nodes.gcs_is_alive():
+        living = nodes.living_actors(NAMESPACE_PREFIX)
+        if not living:
+            log.info("no actor of ours is left")
+            return
+        if watch.wait(_TICK) is Why.ASKED:
+            return
+    log.warning("ended by the bound of %g s", bound.total_seconds())
+
+
+def _last_words(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The log is gone with the folder by now: what went wrong must reach the driver, if it still waits."""
+    _tell(KeeperReport(problem=str(error) if kind is StartProblem else f"{kind.__name__}: {error}"))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _tell(report: KeeperReport) -> None:
+    try:
+        print(report.to_json(), flush=True)
+    except BrokenPipeError:
+        log.warning("the driver went before it heard: %s", report)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
