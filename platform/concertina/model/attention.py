@@ -1,0 +1,73 @@
+"""How do tokens of one sequence see each other? Causal grouped-query attention in three steps: project, core, output.
+
+Shapes: B sequences, S positions, T = B * S tokens, D hidden, N key-value heads, G query heads of each, C width of a
+head. One tensor holds query, key and value weights, grouped by key-value head, so that a cut over heads is one box.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from concertina.model.linear import linear
+from concertina.model.norm import RMSNorm
+from concertina.model.parameters import Build, Part
+from concertina.model.rope import Rotation, rotate
+
+__all__ = ["Attention", "core"]
+
+
+def core(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor, turn: Rotation) -> Tensor:
+    """Rotate queries and keys, attend causally: [B, S, N, G, C]."""
+    q, k = rotate(q_BSNGC, turn).flatten(2, 3), rotate(k_BSNC, turn)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v_BSNC.transpose(1, 2), is_causal=True, enable_gqa=True
+    )
+    return out.transpose(1, 2).unflatten(2, q_BSNGC.shape[2:4])
+
+
+class Attention(Part):
+    """Query, key and value projections, optional norms and clamp, the core, the output projection."""
+
+    def __init__(self, build: Build, prefix: str) -> None:
+        super().__init__(build, prefix)
+        model = build.model
+        self.kv_heads = model.num_key_value_heads
+        self.group = model.num_attention_heads // self.kv_heads
+        self.width = model.width_of_head
+        self._declare("qkv", (self.kv_heads, self.group + 2, self.width, model.hidden_size))
+        if model.attention_bias:
+            self._declare("qkv_bias", (self.kv_heads, self.group + 2, self.width), fill="zeros")
+        self._declare("output", (model.hidden_size, self.kv_heads, self.group, self.width))
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if model.qk_norm != "none":
+            each_head = model.qk_norm == "head"
+            q_shape = (self.width,) if each_head else (self.kv_heads, self.group, self.width)
+            k_shape = (self.width,) if each_head else (self.kv_heads, self.width)
+            self.q_norm = RMSNorm(build, f"{prefix}.q_norm", q_shape)
+            self.k_norm = RMSNorm(build, f"{prefix}.k_norm", k_shape)
+
+    def project(self, x_TD: Tensor, num_sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, N, G, C], k and v [B, S, N, C], before rotation."""
+        qkv = linear(x_TD, self.qkv.flatten(0, 2))
+        if self.build.model.attention_bias:
+            qkv = qkv + self.qkv_bias.flatten()
+        qkv = qkv.view(num_sequences, -1, self.kv_heads, self.group + 2, self.width)
+        q, k, v = qkv.split([self.group, 1, 1], dim=3)
+        k, v = k.squeeze(3), v.squeeze(3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        clip = self.build.model.clip_qkv
+        if clip is not None:
+            q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
+        return q, k, v
+
+    def combine_heads(self, heads_BSNGC: Tensor) -> Tensor:
+        """The output projection: [T, D]."""
+        return linear(heads_BSNGC.reshape(-1, self.output[0].numel()), self.output.flatten(1))
+
+    def forward(self, x_TD: Tensor, num_sequences: int, turn: Rotation) -> Tensor:
+        q, k, v = self.project(x_TD, num_sequences)
+        return self.combine_heads(core(q, k, v, turn))

@@ -1,0 +1,42 @@
+"""How is a matrix applied, and how do its two gradients split? Input and weight gradient are functions of their own.
+
+Schedules that fill communication with weight gradients call the two separately. Shapes: T tokens, I in, O out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["input_gradient", "linear", "weight_gradient"]
+
+
+def input_gradient(dy_TO: Tensor, w_OI: Tensor) -> Tensor:
+    """dX [T, I] of y = x w^T."""
+    return torch.mm(dy_TO, w_OI)
+
+
+def weight_gradient(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """dW [O, I] of y = x w^T."""
+    return torch.mm(dy_TO.t(), x_TI)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI, w_OI)
+        return torch.mm(x_TI, w_OI.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TI, w_OI = ctx.saved_tensors
+        dx = input_gradient(grads[0], w_OI) if ctx.needs_input_grad[0] else None
+        dw = weight_gradient(grads[0], x_TI) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+
+def linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """y [T, O] = x w^T, any float dtype."""
+    return _Linear.apply(x_TI, w_OI)
