@@ -58,8 +58,8 @@ class _Composer(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _refusal(said: str, event: yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.composer.ComposerError(None, None, said, event.start_mark)
+def _refusal(said: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=said, problem_mark=event.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -90,7 +90,8 @@ class _Reading:
             return Entry(self.section(node, path), place)
         if isinstance(node, yaml.SequenceNode):
             return Entry(tuple(self.entry(item, path).plain() for item in node.value), place)
-        return Entry(_scalar(node.value) if node.style is None else node.value, place)
+        quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
+        return Entry(node.value if quoted else _scalar(node.value), place)
 
     def section(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from concertina.errors import LayoutError
 from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, Axis
 from concertina.layout.grid import Grid
-from concertina.layout.refusals import misfits
+from concertina.layout.refusals import misfits, world_faults
 
 __all__ = ["Layout"]
 
@@ -33,10 +33,13 @@ class Layout:
     etp: int = 1
 
     def __post_init__(self) -> None:
-        found = misfits(self.world, self.pp, self.cp, self.tp, self.ep, self.etp)
+        degrees = {"pp": self.pp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "etp": self.etp}
+        given = {"world": self.world, **degrees}
+        found = [(key, f"{key}={value} must be at least 1") for key, value in given.items() if value < 1]
+        found = found or misfits(self.world, degrees, lambda degrees: world_faults(self.world, degrees))
         if found:
-            problems = [text for _, text in found]
-            raise LayoutError("\n".join(problems), problems=problems, keys=[key for key, _ in found])
+            lines = [line for _, line in found]
+            raise LayoutError("\n".join(lines), problems=lines, keys=[key for key, _ in found])
 
     @classmethod
     def of(cls, world: int, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> Layout:

@@ -1,10 +1,41 @@
-"""Which degrees do not fit a world, and which values would?"""
+"""Which degrees do not fit, in one line each, and which values would?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-__all__ = ["divisors", "misfits", "one_of"]
+__all__ = ["Fault", "divisors", "misfits", "world_faults"]
+
+Degrees = Mapping[str, int]
+
+
+class Fault(NamedTuple):
+    """`axis=6 must divide dp*cp*tp=8`, without the remedy."""
+
+    axis: str
+    verb: str
+    number: str
+
+
+def misfits(world: int, degrees: Degrees, faults: Callable[[Degrees], Sequence[Fault]]) -> list[tuple[str, str]]:
+    """(axis, line with numbers and remedy) of each axis that `faults` names, empty when all fit."""
+    found = faults(degrees)
+    lines = []
+    for axis in dict.fromkeys(fault.axis for fault in found):
+        clauses = _clauses([fault for fault in found if fault.axis == axis])
+        works = _working(world, axis, degrees, faults)
+        lines.append((axis, f"{axis}={degrees[axis]} {clauses}: set layout.{axis} to {_one_of(works)}"))
+    return lines
+
+
+def world_faults(world: int, degrees: Degrees) -> list[Fault]:
+    """What a world refuses. Each grid stops at its first axis: what a later one could be depends on it."""
+    if world % degrees["pp"]:
+        return [Fault("pp", "must divide", f"world={world}")]
+    stage = world // degrees["pp"]
+    name = "world/pp" if degrees["pp"] > 1 else "world"
+    return [*_side(("tp", "cp"), degrees, name, stage), *_side(("etp", "ep"), degrees, "dp*cp*tp", stage)]
 
 
 def divisors(number: int) -> list[int]:
@@ -13,39 +44,34 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def one_of(values: Sequence[object], most: int = 12) -> str:
+def _side(axes: Sequence[str], degrees: Degrees, name: str, left: int) -> Iterator[Fault]:
+    for axis in axes:
+        degree = degrees[axis]
+        if left % degree:
+            yield Fault(axis, "must divide", f"{name}={left}")
+            return
+        left, name = left // degree, f"{name}/{axis}" if degree > 1 else name
+
+
+def _clauses(faults: Sequence[Fault]) -> str:
+    """One axis' faults as one clause: `must divide a=1 and b=2 and is more than c=3`."""
+    verbs = dict.fromkeys(fault.verb for fault in faults)
+    return " and ".join(f"{v} {' and '.join(f.number for f in faults if f.verb == v)}" for v in verbs)
+
+
+def _working(world: int, axis: str, degrees: Degrees, faults: Callable[[Degrees], Sequence[Fault]]) -> list[int]:
+    """Values that mend `axis` and break no other; 1 when the others leave nothing."""
+    broken = {fault.axis for fault in faults(degrees)} - {axis}
+
+    def works(value: int) -> bool:
+        return {fault.axis for fault in faults({**degrees, axis: value})} <= broken
+
+    return [value for value in divisors(world) if works(value)] or [1]
+
+
+def _one_of(values: Sequence[int], most: int = 12) -> str:
     """`1, 2, 4 or 8`; long lists lose their middle, not their ends."""
     words = [str(value) for value in values]
     if len(words) > most:
         words = [*words[: most - 2], "...", words[-1]]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def misfits(world: int, pp: int, cp: int, tp: int, ep: int, etp: int) -> list[tuple[str, str]]:
-    """(axis, line) for each degree that does not fit, empty when all do.
-
-    Each side stops at its first: the values a later axis could take depend on the earlier ones.
-    """
-    given = {"world": world, "pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
-    small = [(key, f"{key}={value} must be at least 1") for key, value in given.items() if value < 1]
-    if small:
-        return small
-    if world % pp:
-        return [("pp", _line("pp", pp, "world", world))]
-    stage = world // pp
-    of_stage = "world/pp" if pp > 1 else "world"
-    attention = _side((("tp", tp), ("cp", cp)), of_stage, stage)
-    expert = _side((("etp", etp), ("ep", ep)), "dp*cp*tp", stage)
-    return attention + expert
-
-
-def _side(axes: Sequence[tuple[str, int]], name: str, left: int) -> list[tuple[str, str]]:
-    for axis, degree in axes:
-        if left % degree:
-            return [(axis, _line(axis, degree, name, left))]
-        left, name = left // degree, f"{name}/{axis}" if degree > 1 else name
-    return []
-
-
-def _line(axis: str, degree: int, name: str, number: int) -> str:
-    return f"{axis}={degree} must divide {name}={number}: set layout.{axis} to {one_of(divisors(number))}"

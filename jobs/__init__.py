@@ -1,0 +1,1 @@
+"""The command line, the job files, and the entry point that a submitted job runs."""

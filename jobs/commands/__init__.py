@@ -1,0 +1,1 @@
+"""One module a command: `concertina validate` is in validate.py, and so on."""

@@ -1,0 +1,96 @@
+"""Is this job file right? `concertina validate jobs/quickstart.yaml`"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from concertina.config import count_parameters, digest, dump_job
+from concertina.errors import ConfigError
+from jobs.opening import OpenedJob, SetOption, open_job
+from jobs.output import Output, OutputOption, next_commands, print_json
+
+__all__ = ["validate"]
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="JOB", help="Job files, or names of jobs in jobs/.")],
+    overrides: SetOption = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print every key, defaults included.")] = False,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Check job files without a cluster: keys, types, bounds, and whether layout, model and batch fit.
+
+    \b
+    Every problem is a line of its own with file, line and remedy; the exit code is then 2.
+    With -o json there is one object a file.
+
+    \b
+    Example:
+      concertina validate jobs/quickstart.yaml --set training.steps=50
+    """
+    opened: list[OpenedJob] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            opened.append(open_job(file, overrides))
+        except ConfigError as error:
+            found = error.data.get("problems", [error.message])
+            problems += found
+            if output is Output.JSON:
+                print_json({"job": file, "valid": False, "problems": found})
+            continue
+        _report(file, opened[-1], resolved, output)
+    if problems:
+        raise ConfigError("\n".join(problems), problems=problems)
+    if output is Output.TEXT and not resolved:
+        next_commands(
+            [
+                (f"concertina layout {files[0]}", "who is where"),
+                (f"concertina train {files[0]}", "run it"),
+            ]
+        )
+
+
+def _report(file: str, opened: OpenedJob, resolved: bool, output: Output) -> None:
+    if output is Output.JSON:
+        print_json({"job": file, "valid": True, **_facts(opened)})
+    elif resolved:
+        sys.stdout.write(dump_job(opened.job))
+    else:
+        sys.stdout.write(f"{file} is valid\n" + "".join(f"  {line}\n" for line in _lines(opened)))
+
+
+def _facts(opened: OpenedJob) -> dict[str, Any]:
+    job, layout = opened.job, opened.layout
+    degrees = {axis: getattr(layout, axis) for axis in ("world", "pp", "dp", "cp", "tp", "edp", "ep", "etp")}
+    return {
+        "name": job.name,
+        "digest": digest(job),
+        "parameters": count_parameters(job.model)._asdict(),
+        "layout": degrees,
+        "tokens_per_step": job.training.global_batch_size * job.data.sequence_length,
+        "steps": job.training.steps,
+    }
+
+
+def _lines(opened: OpenedJob) -> list[str]:
+    job, layout = opened.job, opened.layout
+    total, active = count_parameters(job.model)
+    batch, length, steps = job.training.global_batch_size, job.data.sequence_length, job.training.steps
+    return [
+        f"model     {_short(total)} parameters, {_short(active)} of them active for a token",
+        f"layout    {layout.world} ranks: pp {layout.pp}, attention dp {layout.dp} cp {layout.cp} tp {layout.tp}, "
+        f"experts edp {layout.edp} ep {layout.ep} etp {layout.etp}",
+        f"training  {steps} steps of {batch} sequences of {length} tokens: {_short(steps * batch * length)} tokens",
+    ]
+
+
+def _short(number: int) -> str:
+    """`46.7 B`."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {letter}"
+    return str(number)

@@ -1,0 +1,75 @@
+"""Does a job's layout fit its world, its model and its batch? If not: every misfit, with the values that work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from concertina.errors import LayoutError
+from concertina.layout.fold import Layout
+from concertina.layout.refusals import Degrees, Fault, misfits, world_faults
+
+if TYPE_CHECKING:  # pydantic takes longer to import than 16,384 ranks to print
+    from concertina.config import Job, ModelConfig
+
+__all__ = ["check_job"]
+
+
+def check_job(job: Job) -> Layout:
+    """The layout of a job on all its workers.
+
+    Raises LayoutError with every misfit: `data["problems"]` the lines, `data["keys"]` the job file's key of each.
+    """
+    world, degrees = job.cluster.num_workers, job.layout.model_dump()
+
+    def faults(degrees: Degrees) -> list[Fault]:
+        return [*world_faults(world, degrees), *_shape_faults(job, degrees)]
+
+    found = [(f"layout.{axis}", line) for axis, line in misfits(world, degrees, faults)]
+    if not found:
+        layout = Layout(world, **degrees)
+        found = list(_batch_misfits(job, layout))
+        if not found:
+            return layout
+    lines = [line for _, line in found]
+    raise LayoutError("\n".join(lines), problems=lines, keys=[key for key, _ in found])
+
+
+def _shape_faults(job: Job, degrees: Degrees) -> Iterator[Fault]:
+    """What the model refuses. Heads and widths must divide; layers, experts and chunks may be uneven, not empty."""
+    model = job.model
+    for axis, widths in (("tp", _dense_widths(model)), ("etp", _expert_widths(model))):
+        for name, width in widths.items():
+            if width % degrees[axis]:
+                yield Fault(axis, "must divide", f"model.{name}={width}")
+    limits = {
+        "pp": ("model.num_hidden_layers", model.num_hidden_layers),
+        "cp": ("data.sequence_length/2", max(1, job.data.sequence_length // 2)),  # a chunk from each end, balanced
+        "ep": ("model.num_experts", model.num_experts),
+    }
+    for axis, (name, limit) in limits.items():
+        if degrees[axis] > limit:
+            yield Fault(axis, "is more than", f"{name}={limit}")
+
+
+def _dense_widths(model: ModelConfig) -> dict[str, int]:
+    """What tp cuts."""
+    widths = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_key_value_heads}
+    if model.mlp_only_layers:
+        widths["intermediate_size"] = model.intermediate_size
+    if model.shared_expert_intermediate_size:
+        widths["shared_expert_intermediate_size"] = model.shared_expert_intermediate_size
+    return widths
+
+
+def _expert_widths(model: ModelConfig) -> dict[str, int]:
+    """What etp cuts."""
+    has_experts = any(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers))
+    return {"moe_intermediate_size": model.moe_intermediate_size} if has_experts else {}
+
+
+def _batch_misfits(job: Job, layout: Layout) -> Iterator[tuple[str, str]]:
+    batch, dp = job.training.global_batch_size, layout.dp
+    if batch < dp:
+        text = f"global_batch_size={batch} leaves {dp - batch} of dp={dp} ranks without a sequence"
+        yield "training.global_batch_size", f"{text}: set training.global_batch_size to {dp} or more"
