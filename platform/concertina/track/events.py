@@ -27,7 +27,7 @@ from typing import Any
 from concertina.errors import ConcertinaError
 from concertina.track.owner import Busy, OwnerLock
 
-__all__ = ["SCHEMA_VERSION", "Event", "EventLog", "EventType", "last_event", "read_events"]
+__all__ = ["SCHEMA_VERSION", "Event", "EventLog", "EventType", "last_event", "read_events", "void_after"]
 
 SCHEMA_VERSION = 1
 _TAIL_BYTES = 65536
@@ -166,6 +166,15 @@ def read_events(path: Path, offset: int = 0) -> Iterator[Event]:
                 yield event
 
 
+def void_after(event: Event) -> int | None:
+    """The step after which everything before this event is void, because it is done again; None for most."""
+    if event.type == EventType.START:
+        return _as_step(event.data.get("resumed_from_step"))
+    if event.type == EventType.ROLLBACK:
+        return _as_step(event.data.get("to_step"))
+    return None
+
+
 def last_event(path: Path) -> Event | None:
     """The newest complete event, read from the end; None when there is none."""
     try:
@@ -235,6 +244,10 @@ def _parse(line: bytes, end_offset: int) -> Event | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         # Zeros after a power loss, or a line of someone else's: no event, and no reason to stop reading.
         return None
+
+
+def _as_step(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _dumps(data: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from concertina.config.schema import Job
+from concertina.config import Job, dump_job, load_job
 from concertina.errors import ConcertinaError, NotFoundError
 from concertina.track.versions import versions
 
@@ -93,9 +93,18 @@ class RunFolder:
         """How far the copy into MLflow has come."""
         return self.path / "mlflow.json"
 
+    def job(self) -> Job:
+        """The resolved job, for a resume. Raises ConfigError when this version cannot read it any more."""
+        return load_job(self.job_file)
+
     def job_document(self) -> dict[str, Any]:
         """The resolved job as plain data; not validated, so that a run of an older schema can still be shown."""
         return dict(yaml.safe_load(self.job_file.read_text()) or {})
+
+    @property
+    def copy_lock(self) -> Path:
+        """Held by whoever copies the events into MLflow."""
+        return self.path / "mlflow.lock"
 
     def versions(self) -> dict[str, Any]:
         """What the run was made with; empty when the file is gone."""
@@ -114,7 +123,7 @@ class RunFolder:
 
     def write_job(self, job: Job) -> None:
         """Replace job.yaml, for a resume with other settings. The events keep what earlier sessions did."""
-        write_atomically(self.job_file, job_text(job))
+        write_atomically(self.job_file, dump_job(job))
 
 
 def create_run(storage: Path, job: Job, data: DataFacts | None = None) -> RunFolder:
@@ -181,11 +190,6 @@ def write_atomically(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     draft.write_text(text)
     draft.replace(path)
-
-
-def job_text(job: Job) -> str:
-    """The resolved job as YAML, in the schema's order."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _reserve(storage: Path, name: str) -> RunFolder:

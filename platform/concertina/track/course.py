@@ -1,0 +1,113 @@
+"""What has a run's event stream said up to some point, as MLflow is to see it?
+
+Pure bookkeeping over committed steps: cumulative tokens, the values at a step, which steps were done again. Built
+anew from the events at each start, so that nothing of it needs saving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from concertina.track.events import Event, EventType, void_after
+
+__all__ = ["EVAL_KEYS", "STEP_KEYS", "Course", "Point"]
+
+STEP_KEYS = {
+    "loss": "train/loss",
+    "aux_loss": "train/aux_loss",
+    "z_loss": "train/z_loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "imbalance": "train/imbalance",
+}
+EVAL_KEYS = {"loss": "validation/loss"}
+_RECENT_STEPS = 512
+_MOST_NOTES = 20
+
+
+@dataclass(frozen=True)
+class Point:
+    """One metric value. The time is the event's, so that sending it twice is sending the same row twice."""
+
+    key: str
+    value: float
+    time_ms: int
+    step: int
+
+
+@dataclass
+class Course:
+    """`observe` takes every event once, in order, and returns the points that are new.
+
+    A (key, step) seen before is not: after a resume or a roll-back MLflow keeps the first value of a step.
+    """
+
+    tokens: int = 0
+    newest_step: int = 0
+    sessions: int = 0
+    nonfinite: list[str] = field(default_factory=list)
+    replayed: list[str] = field(default_factory=list)
+    newest: dict[str, int] = field(default_factory=dict)
+    """key -> newest step of which a point was returned."""
+    recent: dict[int, list[Point]] = field(default_factory=dict)
+    """step -> points, of the last 512 steps: a checkpoint is ready some steps after the step it holds."""
+
+    def observe(self, event: Event) -> list[Point]:
+        if event.type == EventType.START:
+            self.sessions += 1
+        kept = void_after(event)
+        if kept is not None and kept < self.newest_step:
+            # MLflow cannot take points back: the first value of a step stays there, and a tag says which.
+            self.replayed = [*self.replayed, f"{kept + 1}-{self.newest_step}"][-_MOST_NOTES:]
+        if event.step is None:
+            return []
+        if event.type == EventType.STEP:
+            return self._keep(event.step, self._step_points(event, event.step))
+        if event.type == EventType.EVAL:
+            return self._keep(event.step, self._points(event, event.step, EVAL_KEYS))
+        return []
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens trained on up to a step; of the newest step when that one is long past."""
+        for point in self.recent.get(step, ()):
+            if point.key == "train/tokens":
+                return int(point.value)
+        return self.tokens
+
+    def _step_points(self, event: Event, step: int) -> list[Point]:
+        points = self._points(event, step, STEP_KEYS)
+        time_ms = event.ts_ns // 1_000_000
+        tokens, seconds = float(event.data.get("tokens") or 0), float(event.data.get("step_s") or 0)
+        if step > self.newest_step:
+            # A step done again reads the same sequences; its tokens count once.
+            self.newest_step = step
+            self.tokens += int(tokens)
+        points.append(Point("train/tokens", float(self.tokens), time_ms, step))
+        if tokens and seconds > 0:
+            points.append(Point("train/tokens_per_s", tokens / seconds, time_ms, step))
+        return points
+
+    def _points(self, event: Event, step: int, keys: Mapping[str, str]) -> list[Point]:
+        points = []
+        for name, key in keys.items():
+            if event.data.get(name) is None:
+                continue
+            value = float(event.data[name])
+            if not math.isfinite(value):
+                # MLflow would plot infinity as 1.8e308 and flatten the curve; a gap and a tag say it better.
+                if len(self.nonfinite) < _MOST_NOTES:
+                    self.nonfinite.append(f"{key}@{step}={value}")
+                value = math.nan
+            points.append(Point(key, value, event.ts_ns // 1_000_000, step))
+        return points
+
+    def _keep(self, step: int, points: list[Point]) -> list[Point]:
+        new = [point for point in points if step > self.newest.get(point.key, step - 1)]
+        self.newest |= {point.key: step for point in new}
+        if new:
+            self.recent.setdefault(step, []).extend(new)
+        while len(self.recent) > _RECENT_STEPS:
+            del self.recent[next(iter(self.recent))]
+        return new
