@@ -6,7 +6,6 @@ head. One tensor holds query, key and value weights, grouped by key-value head, 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -80,9 +80,7 @@ def element_indices(full_shape: tuple[int, ...], box: Box, device: torch.device 
     return index
 
 
-def initialize(
-    name: str, full_shape: tuple[int, ...], box: Box, std: float, seed: int, out: Tensor
-) -> Tensor:
+def initialize(name: str, full_shape: tuple[int, ...], box: Box, std: float, seed: int, out: Tensor) -> Tensor:
     """Fill `out` (of the box's shape, any float dtype, any device) with the start values of parameter `name`."""
     key = key_of(seed, name)
     flat = out.view(-1)

@@ -1,0 +1,174 @@
+"""What does Hugging Face call our tensors and keys? One table of pieces a family; import and export both read it.
+
+Each of their tensors is a reshaped part of one of ours, so both directions are an index and a view, without arithmetic.
+Checked against transformers 5.23: on disk experts are one by one, in memory they are fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from concertina.config import ModelConfig
+from concertina.errors import ConfigError, NotFoundError
+
+__all__ = ["Family", "Piece", "export_tensors", "family_of", "import_tensors", "model_config", "pieces"]
+
+Family = Literal["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+Index = tuple[int | slice, ...]
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`theirs`, of `shape`, is `ours[index]` reshaped."""
+
+    theirs: str
+    ours: str
+    index: Index
+    shape: tuple[int, ...]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`. Raises ConfigError when it is none of ours."""
+    name = config.get("model_type")
+    if name not in get_args(Family):
+        known = ", ".join(get_args(Family))
+        raise ConfigError(f"model_type={name} is not supported: use one of {known}", model_type=name)
+    return name  # type: ignore[return-value]
+
+
+def model_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The decoder's shape from a `config.json`. Raises ConfigError for features the decoder does not have."""
+    family = family_of(config)
+    _refuse(family, config)
+    expert_width = "intermediate_size" if family in ("mixtral", "olmoe") else "moe_intermediate_size"
+    rope = config.get("rope_parameters") or {}
+    given = {key: config[key] for key in _SAME if config.get(key) is not None}
+    return ModelConfig(
+        **given,
+        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        num_experts=config.get("num_experts") or config["num_local_experts"],
+        moe_intermediate_size=config[expert_width],
+        mlp_only_layers=_dense_layers(config),
+        norm_topk_prob=True if family == "mixtral" else config.get("norm_topk_prob", False),
+        qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
+        attention_bias=family == "qwen2_moe" and config.get("qkv_bias", True),
+        shared_expert_gate=family == "qwen2_moe",
+    )
+
+
+_SAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "clip_qkv"),
+    *("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "shared_expert_intermediate_size"),
+)
+
+
+def _refuse(family: Family, config: Mapping[str, Any]) -> None:
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    problems = [
+        f"{key}={config[key]}"
+        for key in ("sliding_window", "attention_dropout", "router_jitter_noise")
+        if config.get(key)
+    ]
+    problems += [f"rope_type={rope_type}"] * (rope_type != "default")
+    # Their attention_bias puts a bias on the output projection too, which no published model of these families uses.
+    problems += ["attention_bias=true"] * bool(config.get("attention_bias"))
+    problems += [f"hidden_act={config.get('hidden_act')}"] * (config.get("hidden_act", "silu") != "silu")
+    if problems:
+        raise ConfigError(f"{family} with {', '.join(problems)} is not supported: switch it off", family=family)
+
+
+def _dense_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers without experts: `mlp_only_layers`, and all but each `decoder_sparse_step`-th."""
+    step, listed = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return tuple(i for i in range(config["num_hidden_layers"]) if i in listed or (i + 1) % step)
+
+
+def pieces(family: Family, model: ModelConfig, fused: bool) -> Iterator[Piece]:
+    """Every tensor of a checkpoint in their order; `fused`: the experts' weights stacked, as in memory."""
+    vocabulary = (model.vocab_size, model.hidden_size)
+    yield Piece("model.embed_tokens.weight", "embedding.weight", (), vocabulary)
+    for layer in range(model.num_hidden_layers):
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        norm = (model.hidden_size,)
+        yield Piece(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", (), norm)
+        yield from _attention(model, f"{theirs}.self_attn", f"{ours}.attention")
+        yield Piece(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feed_forward_norm.weight", (), norm)
+        if not model.is_moe_layer(layer):
+            yield from _mlp(model, f"{theirs}.mlp", f"{ours}.mlp", model.intermediate_size)
+        else:
+            disk_mixtral = family == "mixtral" and not fused
+            where = f"{theirs}.{'block_sparse_moe' if disk_mixtral else 'mlp'}"
+            yield from _moe(model, where, f"{ours}.moe", fused)
+    yield Piece("model.norm.weight", "norm.weight", (), (model.hidden_size,))
+    if not model.tie_word_embeddings:
+        yield Piece("lm_head.weight", "head.weight", (), vocabulary)
+
+
+def _attention(model: ModelConfig, theirs: str, ours: str) -> Iterator[Piece]:
+    group = model.num_attention_heads // model.num_key_value_heads
+    query = model.num_attention_heads * model.width_of_head
+    key = model.num_key_value_heads * model.width_of_head
+    parts: tuple[tuple[str, Index, int], ...] = (
+        ("q_proj", (ALL, slice(0, group)), query),
+        ("k_proj", (ALL, group), key),
+        ("v_proj", (ALL, group + 1), key),
+    )
+    for name, index, width in parts:
+        yield Piece(f"{theirs}.{name}.weight", f"{ours}.qkv", index, (width, model.hidden_size))
+        if model.attention_bias:
+            yield Piece(f"{theirs}.{name}.bias", f"{ours}.qkv_bias", index, (width,))
+    yield Piece(f"{theirs}.o_proj.weight", f"{ours}.output", (), (model.hidden_size, query))
+    if model.qk_norm != "none":
+        full = model.qk_norm == "full"
+        for name, width in (("q_norm", query), ("k_norm", key)):
+            shape = (width if full else model.width_of_head,)
+            yield Piece(f"{theirs}.{name}.weight", f"{ours}.{name}.weight", (), shape)
+
+
+def _mlp(model: ModelConfig, theirs: str, ours: str, width: int) -> Iterator[Piece]:
+    yield Piece(f"{theirs}.gate_proj.weight", f"{ours}.w13", (0,), (width, model.hidden_size))
+    yield Piece(f"{theirs}.up_proj.weight", f"{ours}.w13", (1,), (width, model.hidden_size))
+    yield Piece(f"{theirs}.down_proj.weight", f"{ours}.w2", (), (model.hidden_size, width))
+
+
+def _moe(model: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[Piece]:
+    experts, width, hidden = model.num_experts, model.moe_intermediate_size, model.hidden_size
+    yield Piece(f"{theirs}.gate.weight", f"{ours}.router", (), (experts, hidden))
+    if fused:
+        yield Piece(f"{theirs}.experts.gate_up_proj", f"{ours}.experts.w13", (), (experts, 2 * width, hidden))
+        yield Piece(f"{theirs}.experts.down_proj", f"{ours}.experts.w2", (), (experts, hidden, width))
+    else:
+        names = ("w1", "w3", "w2") if "block_sparse_moe" in theirs else ("gate_proj", "up_proj", "down_proj")
+        for expert in range(experts):
+            gate, up, down = (f"{theirs}.experts.{expert}.{name}.weight" for name in names)
+            yield Piece(gate, f"{ours}.experts.w13", (expert, 0), (width, hidden))
+            yield Piece(up, f"{ours}.experts.w13", (expert, 1), (width, hidden))
+            yield Piece(down, f"{ours}.experts.w2", (expert,), (hidden, width))
+    if model.shared_expert_intermediate_size:
+        shared = model.shared_expert_intermediate_size
+        yield from _mlp(model, f"{theirs}.shared_expert", f"{ours}.shared", shared)
+    if model.shared_expert_gate:
+        yield Piece(f"{theirs}.shared_expert_gate.weight", f"{ours}.shared.gate", (), (1, hidden))
+
+
+def import_tensors(table: list[Piece], theirs: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy their tensors into ours (whole global tensors by name). Raises NotFoundError for a missing one."""
+    missing = [piece.theirs for piece in table if piece.theirs not in theirs]
+    if missing:
+        raise NotFoundError(f"{len(missing)} tensors are missing, the first is {missing[0]}", missing=missing)
+    with torch.no_grad():
+        for piece in table:
+            part = into[piece.ours][piece.index]
+            part.copy_(theirs[piece.theirs].reshape(part.shape))
+
+
+def export_tensors(table: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors by name, copied from our whole global tensors."""
+    return {piece.theirs: ours[piece.ours][piece.index].reshape(piece.shape).clone() for piece in table}
