@@ -45,7 +45,7 @@ def validate(
         _report(file, opened[-1], resolved, output)
     if problems:
         raise ConfigError("\n".join(problems), problems=problems)
-    if output is Output.TEXT and not resolved:
+    if output is Output.TEXT and not resolved and len(files) == 1:
         next_commands(
             [
                 (f"concertina layout {files[0]}", "who is where"),
