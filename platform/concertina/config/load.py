@@ -116,7 +116,9 @@ def _override(text: str, place: str, problems: list[Problem]) -> Entry:
         problems.append(Problem("--set", text, "expected key=value, such as training.steps=50"))
         return Entry({}, place)
     entry, found = parse(value, "--set")
-    problems += [Problem("--set", key, problem.text) for problem in found]
+    if found:
+        problems += [Problem("--set", key, problem.text) for problem in found]
+        return Entry({}, place)
     for part in reversed(key.split(".")):
         entry = Entry({part: entry}, "--set")
     return Entry(entry.value, place)
