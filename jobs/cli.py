@@ -21,6 +21,8 @@ __all__ = ["COMMANDS", "build", "main"]
 COMMANDS = (
     ("validate", "jobs.commands.validate:validate"),
     ("layout", "jobs.commands.layout:layout"),
+    ("data", "jobs.commands.data:data"),
+    ("doctor", "jobs.commands.doctor:doctor"),
 )
 """Name -> `module:attribute`, in the order of --help. The attribute is a function (one command) or a typer.Typer
 (a group of commands). Modules import torch, ray and mlflow inside functions only: --help takes under 0.5 s."""
