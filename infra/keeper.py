@@ -19,10 +19,10 @@ from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from infra.keeper_spec import CLUSTER_FILE, KeeperReport, KeeperSpec, StartProblem
-from infra.processes import adopt_orphans, end_descendants, is_alive, reap, start_time
+from infra.processes import adopt_orphans, end_descendants, end_with_parent, is_alive, reap, start_time
 
 if TYPE_CHECKING:
     from infra.ray_nodes import LocalNodes
@@ -84,30 +84,55 @@ class Watch:
 
 
 def main(arguments: list[str]) -> int:
+    """Two processes, so that a SIGKILL of either leaves nothing: the one that is left cleans up."""
     spec = KeeperSpec.from_json(arguments[0])
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    guard = os.getpid()
+    adopt_orphans()
+    child = os.fork()  # before ray is imported and any thread runs
+    if child != 0:
+        return _guard(child, spec)
     sys.excepthook = _last_words
     watch = Watch(spec.driver_pid, spec.driver_started_s, sys.stdin.fileno())
     adopt_orphans()
+    end_with_parent(guard)
     try:
-        _keep(spec, watch)
+        _keep(spec, watch, guard)
     finally:
-        left = end_descendants(_END_BOUND)
-        shutil.rmtree(spec.temp_dir, ignore_errors=True)
-    if left:
-        log.error("still there after %g s: %s", _END_BOUND.total_seconds(), left)
+        left = _clean_up(spec)
     return 1 if left else 0
 
 
-def _keep(spec: KeeperSpec, watch: Watch) -> None:
+def _guard(child: int, spec: KeeperSpec) -> int:
+    """Wait for the keeper proper, passing signals on, then end what it may have left."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdin, sys.stdout):  # the pipes are the child's: the driver shall see it end
+        os.dup2(nothing, stream.fileno())
+    _, status = os.waitpid(child, 0)
+    left = _clean_up(spec)
+    return 1 if left else os.waitstatus_to_exitcode(status)
+
+
+def _clean_up(spec: KeeperSpec) -> list[int]:
+    left = end_descendants(_END_BOUND)
+    if left:
+        log.error("still there after %g s: %s", _END_BOUND.total_seconds(), left)
+    shutil.rmtree(spec.temp_dir, ignore_errors=True)
+    return left
+
+
+def _keep(spec: KeeperSpec, watch: Watch, guard: int) -> None:
     from infra.ray_nodes import LocalNodes  # imports ray, which takes 0.3 s: signals are handled before
 
     nodes = LocalNodes(spec, _SESSION_NAME)
     if not _start(nodes, spec, watch):
         return
-    own_start = start_time(os.getpid())
-    assert own_start is not None
-    report = KeeperReport(nodes.address, str(nodes.session_dir), nodes.dashboard_url, os.getpid(), own_start)
+    started = start_time(guard)
+    if started is None:
+        return
+    report = KeeperReport(nodes.address, str(nodes.session_dir), nodes.dashboard_url, guard, started)
     nodes.let_go()
     Path(spec.temp_dir, CLUSTER_FILE).write_text(report.to_json())
     _tell(report)
@@ -150,6 +175,14 @@ def _last_words(kind: type[BaseException], error: BaseException, trace: Tracebac
     """The log is gone with the folder by now: what went wrong must reach the driver, if it still waits."""
     _tell(KeeperReport(problem=str(error) if kind is StartProblem else f"{kind.__name__}: {error}"))
     sys.__excepthook__(kind, error, trace)
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    """At once: threads that still look for the nodes we have just ended would hold a normal exit for half a minute."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _tell(report: KeeperReport) -> None:
@@ -160,4 +193,4 @@ def _tell(report: KeeperReport) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _exit(main(sys.argv[1:]))

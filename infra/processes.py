@@ -15,17 +15,22 @@ from datetime import timedelta
 
 import psutil
 
-__all__ = ["adopt_orphans", "end_descendants", "is_alive", "reap", "start_time"]
+__all__ = ["adopt_orphans", "end_descendants", "end_with_parent", "is_alive", "reap", "start_time"]
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
     """Make this process the parent of every orphan among its descendants."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(number)}")
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent(parent: int) -> None:
+    """Ask the kernel for a SIGTERM to this process when its parent, the process `parent`, is gone."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it went before we asked
+        signal.raise_signal(signal.SIGTERM)
 
 
 def start_time(pid: int) -> float | None:
@@ -74,3 +79,10 @@ def _living_descendants() -> list[psutil.Process]:
 def _kill(process: psutil.Process) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
