@@ -18,7 +18,7 @@ import os, signal, subprocess, sys
 from datetime import timedelta
 from infra.processes import adopt_orphans, end_descendants
 adopt_orphans()
-shell = subprocess.run(["bash", "-c", "setsid sleep 300 >/dev/null & echo $!"], capture_output=True, text=True)
+shell = subprocess.run(["bash", "-c", "setsid sleep 300 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True)
 stopped = subprocess.Popen(["sleep", "300"])
 stopped.send_signal(signal.SIGSTOP)
 left = end_descendants(timedelta(seconds=10))
