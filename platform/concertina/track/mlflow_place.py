@@ -41,7 +41,7 @@ _CREATION_WAIT = timedelta(minutes=2)
 
 
 def tracking_uri(given: str | None, storage: Path) -> str:
-    """The job's `tracking.tracking_uri`, else MLFLOW_TRACKING_URI, else sqlite under `storage`; sqlite paths made absolute.
+    """The job's `tracking.tracking_uri`, else MLFLOW_TRACKING_URI, else sqlite under `storage`; paths absolute.
 
     Raises ConfigError for a store we do not write to.
     """
