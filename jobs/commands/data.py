@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -48,8 +49,9 @@ def prepare_command(job: JobArgument, overrides: SetOption = None, output: Outpu
         return
     done = f"prepared in {time.monotonic() - started:.1f} s" if progress.heard else "was prepared before"
     sys.stdout.write(f"{corpus.num_tokens:,} tokens, {corpus.manifest.num_documents:,} documents: {done}\n  {folder}\n")
+    again = _with_overrides(job, overrides)
     next_commands(
-        [(f"concertina data inspect {job}", "what is in it"), (f"concertina train {job}", "train on it")],
+        [(f"concertina data inspect {again}", "what is in it"), (f"concertina train {again}", "train on it")],
     )
 
 
@@ -77,12 +79,11 @@ def inspect_command(
         print_json({**facts, "verified": verify})
         return
     sys.stdout.write("".join(f"{line}\n" for line in _lines(facts)))
-    next_commands(
-        [
-            (f"concertina data inspect {target} --verify", "compare every byte with the checksums"),
-            (f"concertina train {'JOB' if Path(target).is_dir() else target}", "train on it"),
-        ]
-    )
+    again = _with_overrides(target, overrides)
+    commands = [(f"concertina data inspect {again} --verify", "compare every byte with the checksums")]
+    if not Path(target).is_dir():
+        commands.append((f"concertina train {again}", "train on it"))
+    next_commands(commands)
 
 
 class _Progress:
@@ -113,9 +114,14 @@ def _find(target: str, overrides: list[str] | None) -> tuple[TokenCorpus, int, f
     job = open_job(target, overrides).job
     folder = corpus_folder(job.data, job.storage_path)
     if not folder.exists():
-        again = " ".join([target, *(f"--set {override}" for override in overrides or ())])
+        again = _with_overrides(target, overrides)
         raise NotFoundError(f"the corpus of {target} is not prepared yet: run `concertina data prepare {again}`")
     return TokenCorpus.open(folder), job.data.sequence_length, job.data.validation_fraction
+
+
+def _with_overrides(target: str, overrides: list[str] | None) -> str:
+    """The arguments that mean the same job again, to be pasted into a shell."""
+    return " ".join([shlex.quote(target), *(f"--set {shlex.quote(override)}" for override in overrides or ())])
 
 
 def _facts(corpus: TokenCorpus) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from concertina.data.tokenizer import all_cores, end_of_text_id, load_tokenizer,
 from concertina.data.writer import TokenWriter
 from concertina.errors import DataError
 
-__all__ = ["Progress", "fingerprint", "prepare"]
+__all__ = ["Progress", "corpus_folder", "fingerprint", "prepare"]
 
 # (what is being done, bytes done, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -43,13 +43,21 @@ def prepare(data: DataConfig, storage: Path | str, vocab_size: int, progress: Pr
     `vocab_size` is the model's: DataError when a token id is not below it, or for anything wrong with the input.
     """
     files = find_files(data)
-    name = fingerprint(files, data)
-    folder = Path(storage).expanduser().absolute() / "data" / name
+    folder = _folder(files, data, storage)
     if not folder.exists():
         _check_tokenizer(data, files, vocab_size)
         _build(files, data, folder, progress or (lambda what, done, total: None))
     TokenCorpus.open(folder).check_vocabulary(vocab_size)
     return folder
+
+
+def corpus_folder(data: DataConfig, storage: Path | str) -> Path:
+    """Where `prepare` puts, or has put, the corpus."""
+    return _folder(find_files(data), data, storage)
+
+
+def _folder(files: list[SourceFile], data: DataConfig, storage: Path | str) -> Path:
+    return Path(storage).expanduser().absolute() / "data" / fingerprint(files, data)
 
 
 def fingerprint(files: list[SourceFile], data: DataConfig) -> str:

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from concertina.data.permutation import mix
 from concertina.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["IGNORED_TARGET", "SequenceView", "Split", "split_windows"]
 
@@ -87,6 +89,8 @@ class SequenceView:
 
         No ids give tensors of shape (0, S).
         """
+        import torch  # here only: `concertina data` answers in half a second without it
+
         length = self.sequence_length
         tokens_BR = np.empty((len(ids), length + 1), dtype=np.int64)
         for row, index in enumerate(ids):
