@@ -114,9 +114,7 @@ class Book:
             self.event(EventType.CHECKPOINT_REMOVED, message.step, path=f"checkpoints/{gone.name}")
 
     def _on_anomaly(self, message: AnomalySeen) -> None:
-        self.event(
-            EventType.ANOMALY, message.step, kind=message.anomaly, action=message.action, detail=message.detail
-        )
+        self.event(EventType.ANOMALY, message.step, kind=message.anomaly, action=message.action, detail=message.detail)
 
     def _on_rolled_back(self, message: RolledBack) -> None:
         self.step = message.to_step

@@ -7,7 +7,9 @@ rank's traceback is what the test sees.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +21,8 @@ from concertina.parallel.groups import GroupOptions, Groups, connect_store, form
 
 __all__ = ["form", "listening_store", "run_distributed"]
 
-_PRELOAD = ["torch", "concertina.parallel.groups", "concertina.layout", "numpy"]
+# What ranks need is imported once, by the process they are forked from.
+_PRELOAD = ["torch", "pytest", "concertina.train.loop", "concertina.train.standalone", "tests.train.worlds"]
 
 
 def listening_store(timeout_s: float = 30.0) -> Any:
@@ -39,6 +42,8 @@ def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0) -> Grou
 
 def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 90.0) -> list[Any]:
     """Call `fn(rank, store, *args)` on `world` fresh processes; return their results in rank order."""
+    # The fork server of Python 3.11 looks for what it preloads on PYTHONPATH only.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     store = listening_store(timeout_s)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from concertina.config import Job
-from concertina.data import GlobalSampler, SequenceView, share
-from concertina.layout import Layout, cut
-from concertina.model import Decoder
+from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
+from concertina.layout import Axis, Layout, cut
+from concertina.model import Decoder, ModelOutput
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
 from concertina.parallel.reducer import GradientReducer, Reduced, make_buckets
@@ -67,6 +67,7 @@ class Engine:
         self.sampler = GlobalSampler(len(train), job.training.global_batch_size, job.training.seed)
         self.watch = AnomalyWatch(job.training.anomaly)
         self.applied = 0
+        self.tokens = 0
 
     def configure(self, layout: Layout, rank: int, groups: Groups) -> None:
         """Build this rank's part of the model with its initial weights, and everything that reduces over `groups`.
@@ -101,6 +102,7 @@ class Engine:
             self.optimizer.apply(shards, clip / result.tokens, result.learning_rate)
         if result.anomaly is None or result.anomaly.action == "skip":
             self.applied = step
+            self.tokens += result.tokens
         return result
 
     def _forward_backward(self, batch: list[int]) -> Tensor:
@@ -108,18 +110,25 @@ class Engine:
         total: Tensor | None = None
         micro_batches = self._micro_batches(batch)
         for index, ids in enumerate(micro_batches):
-            tokens, targets = self.train.read(ids)
             self.reducer.arm(last=index == len(micro_batches) - 1)
-            output = self.decoder(tokens.to(self.device), targets.to(self.device))
+            output = self._compute(self.train, ids)
             model = self.job.model
             objective = output.loss_sum
             objective = objective + model.router_aux_loss_coef * output.aux_sum
             objective = objective + model.router_z_loss_coef * output.z_sum
             objective.backward()
-            sums = _as_vector(output)
+            sums = _as_vector(output) if ids else torch.zeros_like(_as_vector(output))
             total = sums if total is None else total + sums
         assert total is not None
         return total
+
+    def _compute(self, view: SequenceView, ids: list[int]) -> ModelOutput:
+        """Forward of some sequences. A rank without any computes one whose targets are all left out: its losses and
+        gradients are exactly zero, and its peers get the exchanges they wait for."""
+        tokens, targets = view.read(ids or [0])
+        if not ids:
+            targets = torch.full_like(targets, IGNORED_TARGET)
+        return self.decoder(tokens.to(self.device), targets.to(self.device))
 
     def _micro_batches(self, batch: list[int]) -> list[list[int]]:
         """This rank's sequences in equally many pieces on every rank: peers of an exchange must come along."""
@@ -161,8 +170,7 @@ class Engine:
         chosen = [cut(len(self.validation), number, index)[0] for index in range(number)]
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for ids in self._micro_batches(chosen):
-            tokens, targets = self.validation.read(ids)
-            output = self.decoder(tokens.to(self.device), targets.to(self.device))
+            output = self._compute(self.validation, ids)
             total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
         loss, tokens_seen = all_reduce_sum(total, self.groups.world).finish().tolist()
         return loss / tokens_seen
@@ -178,7 +186,15 @@ class Engine:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must know beside tensors; JSON-able, equal on every rank."""
-        return {"step": self.applied, "updates": self.optimizer.updates, "anomalies": self.watch.state()}
+        layout = self.layout
+        return {
+            "step": self.applied,
+            "tokens": self.tokens,
+            "updates": self.optimizer.updates,
+            "anomalies": self.watch.state(),
+            "layout": {"world": layout.world, **{axis.value: layout.degree(axis) for axis in Axis}},
+            "precision": self.job.training.precision,
+        }
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of any layout. Collective over the world: the weights go round.
@@ -187,12 +203,13 @@ class Engine:
         """
         facts = read_manifest(folder).facts
         load_boxes(folder, self.state())
-        self.applied, self.optimizer.updates = int(facts["step"]), int(facts["updates"])
+        self.applied, self.tokens = int(facts["step"]), int(facts["tokens"])
+        self.optimizer.updates = int(facts["updates"])
         self.watch.load_state(facts["anomalies"])
         self.optimizer.publish()
 
 
-def _as_vector(output: Any) -> Tensor:
+def _as_vector(output: ModelOutput) -> Tensor:
     scalars = [output.loss_sum, output.aux_sum, output.z_sum, output.num_tokens]
     head = torch.stack([value.detach().to(torch.float64) for value in scalars])
     return torch.cat([head, output.expert_counts_LE.to(torch.float64).flatten()])

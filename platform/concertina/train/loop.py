@@ -69,7 +69,7 @@ class Loop:
         self.first = engine.rank == 0
         self.saver = Saver(checkpoints, engine.rank, engine.layout.world, generation, self._part_written)
         self.saved = -1
-        self._facts: dict[int, dict[str, object]] = {}
+        self.last_facts: dict[str, object] = {}
         self._waiting: tuple[StepResult, float] | None = None
         self._clock = _Clock()
 
@@ -122,14 +122,14 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self.link.progress(step, "checkpoint")
-        self._facts[step] = self.engine.facts()
+        self.saver.wait()
+        self.last_facts = self.engine.facts()
         self.saver.start(step, self.engine.state())
         self.saved = step
         self._clock.lap()
 
     def _part_written(self, step: int, part: Part) -> None:
-        facts = self._facts.pop(step)
-        self.link.send(PartWritten(part.rank, step, facts))
+        self.link.send(PartWritten(part.rank, step, self.last_facts))
 
     def _finish(self) -> None:
         """Commit the last step and leave a checkpoint of it."""

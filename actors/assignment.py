@@ -1,0 +1,51 @@
+"""What does a rank need to know to train in a generation? One frozen value the coordinator sends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from concertina.config import Job
+from concertina.layout import Layout
+
+__all__ = ["Assignment", "RunPlan"]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One session of a run, as the driver hands it to the coordinator. Paths are seen by every node.
+
+    `session` names this start of the run (a coordinator that restarts finds itself in its journal by it); `token` is
+    the secret of the supervision channel and never reaches a file.
+    """
+
+    run_id: str
+    folder: Path
+    corpus: Path
+    job: Job
+    layout: Layout
+    device: str
+    session: str
+    token: str
+    resume_from: Path | None = None
+    resume_step: int = 0
+
+    @property
+    def namespace(self) -> str:
+        """Ray namespace of everything the run owns."""
+        return f"concertina-{self.run_id}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A rank's place in one generation. `store` and `channel` are (address, port) on the coordinator's node."""
+
+    plan: RunPlan
+    generation: int
+    rank: int
+    store: tuple[str, int]
+    channel: tuple[str, int]

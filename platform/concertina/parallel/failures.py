@@ -1,0 +1,17 @@
+"""Did this exception come from the network between ranks, or from the rank's own work?"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+__all__ = ["is_communication_failure"]
+
+# Gloo raises plain RuntimeErrors; these are the only marks its messages share (gloo/transport/tcp).
+_MARKS = ("gloo", "onnection closed by peer", "onnection reset by peer", "pair closure", "Broken pipe")
+
+
+def is_communication_failure(error: BaseException) -> bool:
+    """Whether a peer's end, not this rank, is the likely cause: such an error is never the first to blame."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)

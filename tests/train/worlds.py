@@ -1,0 +1,82 @@
+"""A tiny job, its data, and what a rank of a test does with them: shared by the tests of the engine and the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from concertina.config import Job
+from concertina.layout import Layout
+from concertina.train.engine import Engine
+from tests.distributed import form
+
+__all__ = ["TinyView", "engine_on", "tiny_job"]
+
+
+class TinyView:
+    """Sequences that are a pure function of their id, with a learnable pattern and some targets left out."""
+
+    def __init__(self, count: int, length: int, vocab_size: int) -> None:
+        self.count, self.length, self.vocab_size = count, length, vocab_size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.tensor(ids, dtype=torch.int64).view(-1, 1)
+        positions = torch.arange(self.length + 1)
+        text = (rows * 7 + positions * (rows % 5 + 1) + (rows * positions) % 3) % self.vocab_size
+        targets = text[:, 1:].clone()
+        targets[(rows % 4 == 1).expand_as(targets) & (positions[1:] % 6 == 0)] = -100
+        return text[:, :-1].contiguous(), targets
+
+
+def tiny_job(**changes: Any) -> Job:
+    """A decoder of three layers (the first one dense), eight experts, on twelve tokens a sequence."""
+    document: dict[str, Any] = {
+        "name": "tiny",
+        "model": {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "mlp_only_layers": [0],
+            "intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+            "initializer_range": 0.1,
+        },
+        "data": {"sequence_length": 12, "tokenizer": {"path": "none"}},
+        "training": {
+            "steps": 20,
+            "global_batch_size": 8,
+            "precision": "float64",
+            "learning_rate": 2e-2,
+            "min_learning_rate": 1e-3,
+            "warmup_steps": 3,
+            "eval_every_steps": 10,
+            "eval_sequences": 6,
+        },
+        "checkpoint": {"every_steps": 5, "keep": 2},
+    }
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        if key:
+            document.setdefault(section, {})[key] = value
+        else:
+            document[section] = {**document.get(section, {}), **value} if isinstance(value, dict) else value
+    return Job.model_validate(document)
+
+
+def engine_on(job: Job, layout: Layout, rank: int, store: Any) -> Engine:
+    """A configured engine of one rank."""
+    torch.set_num_threads(1)  # tensors this small only lose by threads
+    length, vocabulary = job.data.sequence_length, job.model.vocab_size
+    views = (TinyView(61, length, vocabulary), TinyView(9, length, vocabulary))
+    engine = Engine(job, *views, torch.device("cpu"))
+    engine.configure(layout, rank, form(layout, rank, store))
+    return engine
