@@ -17,7 +17,7 @@ Degree = Annotated[int | None, typer.Option(min=1, show_default="1, or the job's
 
 
 def layout(
-    file: Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job file, or the name of one.")] = None,
+    file: Annotated[str | None, typer.Argument(metavar="JOB", help="A job file, or the name of one.")] = None,
     world: Annotated[int | None, typer.Option(min=1, help="Ranks.", show_default="the job's")] = None,
     pp: Degree = None,
     cp: Degree = None,
@@ -55,7 +55,7 @@ def layout(
 
 
 def _of_job(file: str, world: int | None, degrees: dict[str, int]) -> Layout:
-    from jobs.opening import open_job  # pydantic: not needed to print the layout of bare degrees
+    from jobs.opening import open_job  # bare degrees need neither YAML nor the schema
 
     overrides = [f"layout.{axis}={value}" for axis, value in degrees.items()]
     if world is not None:

@@ -9,7 +9,7 @@ from concertina.errors import LayoutError
 from concertina.layout.fold import Layout
 from concertina.layout.refusals import Degrees, Fault, misfits, world_faults
 
-if TYPE_CHECKING:  # pydantic takes longer to import than 16,384 ranks to print
+if TYPE_CHECKING:  # building the schema takes longer than printing 16,384 ranks
     from concertina.config import Job, ModelConfig
 
 __all__ = ["check_job"]
