@@ -1,0 +1,1 @@
+"""Measurements: one program a question, results with their commit under benchmarks/results."""

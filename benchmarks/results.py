@@ -1,0 +1,84 @@
+"""What is written down of a measurement? Rows with goals and raw samples, the commit, the settings, the versions.
+
+A dirty tree is refused: a number nobody can reproduce is worth nothing. `--allow-dirty` is for trials.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from concertina.errors import UserError
+from concertina.track.versions import versions
+
+__all__ = ["Row", "refuse_dirty_tree", "show", "write_result"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. `met` is None without a goal; a missed goal says why, and what could be had at most."""
+
+    name: str
+    value: float
+    unit: str
+    goal: float | None = None
+    samples: Sequence[float] = field(default_factory=tuple)
+    reason: str | None = None
+    ceiling: float | None = None
+
+    @classmethod
+    def of(cls, name: str, unit: str, samples: Sequence[float], goal: float | None = None, **more: Any) -> Row:
+        """The median of the samples."""
+        return cls(name, median(samples), unit, goal, tuple(samples), **more)
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.goal is None else self.value >= self.goal
+
+    def document(self) -> dict[str, Any]:
+        """As it stands in the file; `reason` and `ceiling` only beside a missed goal."""
+        kept = {key: value for key, value in asdict(self).items() if key not in ("reason", "ceiling")}
+        kept["met"] = self.met
+        if self.met is False:
+            kept["reason"] = self.reason
+            if self.ceiling is not None:
+                kept["ceiling"] = self.ceiling
+        return kept
+
+
+def refuse_dirty_tree(allow_dirty: bool) -> None:
+    """Before the first sample. Raises UserError when the checkout has changes, or is none."""
+    git = versions()["git"]
+    if not allow_dirty and (git is None or git["dirty"]):
+        raise UserError(
+            "the checkout has uncommitted changes or no commit: commit first, or pass --allow-dirty for a trial"
+        )
+
+
+def write_result(path: Path, config: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write the result file; the tree was looked at before the first sample."""
+    document = {
+        "schema_version": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config,
+        "versions": versions(),
+        "rows": [row.document() for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def show(rows: Sequence[Row]) -> str:
+    """Rows as a table for a terminal."""
+    width = max(len(row.name) for row in rows)
+    marks = {None: "", True: "met", False: "missed"}
+    lines = []
+    for row in rows:
+        goal = "" if row.goal is None else f"goal {row.goal:g}"
+        lines.append(f"{row.name:<{width}}  {row.value:>10.4g} {row.unit:<9} {goal:<10} {marks[row.met]}".rstrip())
+    return "\n".join(lines)
