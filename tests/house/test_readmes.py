@@ -22,6 +22,13 @@ def test_readme(folder: str) -> None:
     assert "```" in text, f"{folder}/README.md has no drawing"
 
 
+@pytest.mark.parametrize("folder", top_folders())
+def test_modules_it_names_are_there(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![*\w<>/_])[a-z][a-z_/]*\.(?:py|yaml)\b", text))
+    assert {name for name in named if not ((ROOT / folder / name).exists() or (ROOT / name).exists())} == set()
+
+
 @pytest.mark.parametrize("folder", [".", *top_folders()])
 def test_relative_links_lead_somewhere(folder: str) -> None:
     for page in (ROOT / folder).glob("*.md"):
