@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from concertina import errors
+from concertina.elastic.waits import BOUNDS
 from infra.cluster_access import ClusterAccess
 from infra.keeper_spec import CLUSTER_FILE, FOLDER_PREFIX, TOKEN_FILE, KeeperReport, KeeperSpec, ray_environment
 from infra.processes import is_alive, start_time
@@ -31,8 +32,6 @@ from infra.processes import is_alive, start_time
 __all__ = ["LocalCluster"]
 
 _ROOT_LIMIT_CHARS = 60  # "/concertina-xxxxxxxx/session/sockets/plasma_store.99" must fit into a socket's 107
-_STOP_BOUND = timedelta(seconds=30)
-_ACTORS_TIMEOUT = timedelta(seconds=45)
 _UNBORN_S = 600.0  # a folder without a cluster file may still be starting; after this it is not
 
 
@@ -53,7 +52,7 @@ class LocalCluster:
         gpus: Sequence[int] = (),
         temp_root: Path | None = None,
         resources: Sequence[Mapping[str, float]] | None = None,
-        startup_timeout: timedelta = timedelta(seconds=60),
+        startup_timeout: timedelta = BOUNDS["cluster_start"].timedelta,
         dashboard: bool = False,
     ) -> LocalCluster:
         """Start `num_nodes` raylets; about 3 s, or 5 s with the dashboard (the Job API needs it), on two cores.
@@ -75,7 +74,7 @@ class LocalCluster:
             driver_pid=os.getpid(),
             driver_started_s=started,
             startup_timeout_s=startup_timeout.total_seconds(),
-            actors_timeout_s=_ACTORS_TIMEOUT.total_seconds(),
+            actors_timeout_s=BOUNDS["actors_finish"].seconds,
         )
         keeper = _spawn(spec)
         report = _hear(keeper, startup_timeout + timedelta(seconds=5))
@@ -190,7 +189,7 @@ def _end_failed(keeper: subprocess.Popen[str], temp_dir: Path, problem: str) -> 
 
 def _await_end(keeper: subprocess.Popen[str]) -> None:
     try:
-        keeper.wait(_STOP_BOUND.total_seconds())
+        keeper.wait(BOUNDS["cluster_end"].seconds)
     except subprocess.TimeoutExpired:
         keeper.send_signal(signal.SIGKILL)  # its children die with it
         keeper.wait()

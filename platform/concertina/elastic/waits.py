@@ -1,0 +1,124 @@
+"""How long does anything wait, on whose behalf, and what happens then? One table, one primitive.
+
+No wait of ours is without a bound. The bounds lean on each other: `ORDER` says which must outlast which, and a test
+holds the table to it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+
+__all__ = ["BOUNDS", "ORDER", "Bound", "Ending", "Outlasts", "wait"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One bounded wait: who waits, for how long, and what happens at the bound."""
+
+    name: str
+    owner: str
+    seconds: float
+    then: str
+
+    @property
+    def timedelta(self) -> timedelta:
+        return timedelta(seconds=self.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.owner} waited {self.seconds:g} s ({self.name}): {self.then}"
+
+
+_TABLE = [
+    # A cluster of this machine
+    Bound("cluster_start", "driver", 90, "the start fails and what was started is ended"),
+    Bound("cluster_end", "driver", 30, "the keeper is killed, and its processes with it"),
+    Bound("actors_finish", "keeper", 50, "the cluster ends although actors of ours live"),
+    # A run begins
+    Bound("placement_group", "coordinator", 10, "the reservation is given back and tried again"),
+    Bound("rank_start", "coordinator", 120, "the run fails: ranks did not start"),
+    Bound("collective", "rank", 120, "the collective raises and the rank reports it"),
+    # The supervision channel
+    Bound("channel_connect", "rank", 2, "the next attempt, a little later"),
+    Bound("channel_greeting", "coordinator", 3, "a connection that has not proved itself is closed"),
+    Bound("channel_unanswered", "rank", 10, "the kernel ends a connection whose other end acknowledges nothing"),
+    Bound("silence", "coordinator", 3, "a rank that trains is suspected, nothing more"),
+    Bound("silence_busy", "coordinator", 30, "a rank that builds, loads or writes is suspected, nothing more"),
+    # Something went wrong
+    Bound("ask_ray", "coordinator", 3, "it goes on with what the channel knows"),
+    Bound("evidence", "coordinator", 1, "the failure is judged by the evidence there is"),
+    Bound("evidence_of_others", "coordinator", 5, "a rank that lost its peers is blamed, for want of a better"),
+    # Somebody is gone
+    Bound("driver_silence", "coordinator", 10, "the run stops with a checkpoint"),
+    Bound("coordinator_silence", "rank", 25, "the rank stops with a checkpoint and leaves"),
+    # The end
+    Bound("last_checkpoint", "rank", 15, "the rank leaves without it"),
+    Bound("tracking_close", "coordinator", 8, "what MLflow has not taken stays spooled for the next time"),
+    Bound("coordinator_lingers", "coordinator", 5, "it leaves although nobody has asked for the outcome"),
+    Bound("rank_lingers", "rank", 10, "it leaves although nobody has ended it"),
+    Bound("agent_lease", "agent", 55, "every process of the run on its node is killed, and the agent leaves"),
+]
+BOUNDS = {bound.name: bound for bound in _TABLE}
+
+
+@dataclass(frozen=True)
+class Outlasts:
+    """`longer` must be longer than `shorter` one after the other, or the reason does not hold."""
+
+    longer: str
+    shorter: tuple[str, ...]
+    why: str
+
+    @property
+    def holds(self) -> bool:
+        return BOUNDS[self.longer].seconds > sum(BOUNDS[name].seconds for name in self.shorter)
+
+
+_STOP_WITHOUT_DRIVER = ("driver_silence", "last_checkpoint", "tracking_close", "coordinator_lingers")
+ORDER = [
+    Outlasts("actors_finish", _STOP_WITHOUT_DRIVER, "a run without a driver ends in order before its cluster"),
+    Outlasts(
+        "agent_lease", ("coordinator_silence", "last_checkpoint", "rank_lingers"), "ranks leave by themselves first"
+    ),
+    Outlasts(
+        "coordinator_silence", ("driver_silence", "channel_connect"), "a coordinator that restarts is found again"
+    ),
+    Outlasts(
+        "coordinator_silence", ("channel_unanswered",), "a broken connection is replaced before its rank gives up"
+    ),
+    Outlasts("collective", ("silence_busy", "evidence_of_others"), "suspicion comes before the collective's end"),
+    Outlasts("silence", ("channel_connect",), "one missed attempt is no silence"),
+    Outlasts("silence_busy", ("silence",), "who is busy has more time"),
+    Outlasts("evidence_of_others", ("evidence", "ask_ray"), "a cause that Ray knows comes before a consequence"),
+    Outlasts("rank_lingers", ("coordinator_lingers",), "a rank outlives the talk about its end"),
+]
+
+
+class Ending(StrEnum):
+    """How a wait ended."""
+
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+    BOUND = "bound"
+
+
+def wait(
+    bound: Bound,
+    done: Callable[[], bool],
+    interrupt: threading.Event | None = None,
+    poll: timedelta = timedelta(seconds=0.02),
+) -> Ending:
+    """Until `done()`, until `interrupt` is set (a new generation, a stop), or until the bound; `done` is asked first."""
+    deadline = time.monotonic() + bound.seconds
+    never = threading.Event() if interrupt is None else interrupt
+    while not done():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return Ending.BOUND
+        if never.wait(min(left, poll.total_seconds())):
+            return Ending.DONE if done() else Ending.INTERRUPTED
+    return Ending.DONE
