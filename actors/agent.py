@@ -12,7 +12,6 @@ import threading
 import time
 
 import ray
-
 from concertina.elastic.waits import BOUNDS
 
 __all__ = ["NodeAgent"]

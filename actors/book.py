@@ -24,7 +24,7 @@ from concertina.elastic.messages import (
 )
 from concertina.elastic.states import RunEvent, RunState, transition
 from concertina.errors import CheckpointError
-from concertina.state.checkpoint import checkpoint_folder, commit, prune
+from concertina.state.manifest import checkpoint_folder, commit, prune
 from concertina.track.events import EventLog, EventType, read_events
 
 __all__ = ["Book"]

@@ -17,17 +17,17 @@ from datetime import timedelta
 from typing import Any
 
 import ray
+from concertina.elastic.channel import ChannelServer
+from concertina.elastic.waits import BOUNDS
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.assignment import Assignment, RunPlan
 from actors.book import Book
 from actors.hands import Hands, nodes_now
 from actors.journal import Journal
-from concertina.elastic.channel import ChannelServer
 from concertina.elastic.messages import Control, decode, encode
 from concertina.elastic.placement import Shortage, place
 from concertina.elastic.states import RunEvent, RunState
-from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
 from concertina.parallel.groups import make_store
 from concertina.track.events import EventLog, EventType
@@ -114,7 +114,7 @@ class Coordinator:
             self._exit_code = self.book.state.exit_code
         except ConcertinaError as error:
             self._fail(error)
-        except Exception as error:  # noqa: BLE001 - a bug of ours must end the run in order, too
+        except Exception as error:
             log.exception("coordinator")
             self._fail(ConcertinaError(f"the coordinator failed: {type(error).__name__}: {error}"))
         self._end()

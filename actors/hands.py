@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from concertina.elastic.waits import BOUNDS
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -21,7 +22,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.agent import NodeAgent
 from actors.rank import Rank
 from concertina.elastic.placement import NodeCapacity, Placement
-from concertina.elastic.waits import BOUNDS
 
 __all__ = ["Hands", "Member", "nodes_now"]
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import ray
 import torch
+from concertina.elastic.channel import ChannelClient
+from concertina.elastic.waits import BOUNDS
 
 from actors.assignment import Assignment
-from concertina.elastic.channel import ChannelClient
 from concertina.elastic.messages import Control, Message, RankError, Started, encode
-from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
 from concertina.layout import Axis
 from concertina.parallel.failures import is_communication_failure
 from concertina.parallel.groups import GroupOptions, connect_store, form_groups
-from concertina.state.checkpoint import commit
+from concertina.state.manifest import commit
 from concertina.train.loop import CHECKPOINT, STOP, Loop
 from concertina.train.standalone import build_engine
 
@@ -101,7 +101,7 @@ class Rank:
             finished = loop.run()
             if link.orphaned:
                 _commit_alone(assignment, finished.step, loop.last_facts)
-        except Exception as error:  # noqa: BLE001 - whatever ends the thread must be told to the coordinator
+        except Exception as error:
             log.exception("rank %d ends", assignment.rank)
             if link is not None:
                 link.send(_report(assignment.rank, error))

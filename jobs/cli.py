@@ -21,6 +21,8 @@ __all__ = ["COMMANDS", "build", "main"]
 COMMANDS = (
     ("validate", "jobs.commands.validate:validate"),
     ("layout", "jobs.commands.layout:layout"),
+    ("train", "jobs.commands.train:train"),
+    ("ckpt", "jobs.commands.ckpt:app"),
     ("data", "jobs.commands.data:data"),
     ("doctor", "jobs.commands.doctor:doctor"),
 )

@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from concertina.errors import CheckpointError
 from concertina.layout import Box
 from concertina.state.boxed import BoxedTensor
-from concertina.state.checkpoint import (
+from concertina.state.checkpoint import load_boxes, write_part
+from concertina.state.manifest import (
     checkpoint_folder,
     commit,
     list_checkpoints,
-    load_boxes,
     partial_folder,
     prune,
     read_manifest,
     verify,
-    write_part,
 )
 
 pytestmark = pytest.mark.unit

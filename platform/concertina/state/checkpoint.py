@@ -1,97 +1,26 @@
-"""What lies on storage for a step, when is it complete, and how does any layout load it?
+"""How do tensors get into a checkpoint and out of it, under any layout?
 
-A checkpoint is a folder `step-00000050` with one safetensors file a rank (torch.distributed.checkpoint's Hugging Face
-format; no pickle anywhere) and `manifest.json`. It is written beside its place, under a name that carries the
-generation, and renamed when every rank's part is there: complete or absent.
+One safetensors file a rank in torch.distributed.checkpoint's Hugging Face format; no pickle anywhere. What makes the
+folder a checkpoint is in `manifest.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan
 
 from concertina.errors import CheckpointError
-from concertina.layout import Box
 from concertina.state.boxed import BoxedTensor
+from concertina.state.manifest import Part, read_manifest, record_file, record_part
 
-__all__ = [
-    "Manifest",
-    "Part",
-    "checkpoint_folder",
-    "commit",
-    "list_checkpoints",
-    "load_boxes",
-    "partial_folder",
-    "prune",
-    "read_manifest",
-    "verify",
-    "write_part",
-]
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class FileRecord(_Record):
-    """One file of a checkpoint."""
-
-    bytes: int
-    sha256: str
-
-
-class Part(_Record):
-    """What one rank wrote: its file, and which box of which tensor is in it."""
-
-    rank: int
-    world: int
-    generation: int
-    file: str
-    record: FileRecord
-    boxes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    shapes: dict[str, tuple[int, ...]]
-
-
-class Manifest(_Record):
-    """The page that makes a checkpoint complete. `facts` is what the writer wants to know again when it resumes."""
-
-    format: int
-    step: int
-    world: int
-    generation: int
-    files: dict[str, FileRecord]
-    shapes: dict[str, tuple[int, ...]]
-    facts: dict[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        return sum(record.bytes for record in self.files.values())
-
-
-def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the complete checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
-
-
-def partial_folder(root: Path, step: int, generation: int) -> Path:
-    """Where it grows. An older generation cannot complete a newer one's."""
-    return root / f".step-{step:08d}.generation{generation}"
+__all__ = ["load_boxes", "write_part"]
 
 
 class _RankWriter(HuggingFaceStorageWriter):
@@ -117,89 +46,12 @@ def write_part(folder: Path, state: dict[str, BoxedTensor], *, rank: int, world:
         world=world,
         generation=generation,
         file=written[0].name,
-        record=FileRecord(bytes=written[0].stat().st_size, sha256=_sha256(written[0])),
+        record=record_file(written[0]),
         boxes={key: (boxed.box.start, boxed.box.stop) for key, boxed in state.items()},
         shapes={key: tuple(boxed.shape) for key, boxed in state.items()},
     )
-    _sync(written[0])
-    _write_json(folder / f"part-{rank:05d}.json", part.model_dump())
+    record_part(folder, part)
     return part
-
-
-def commit(root: Path, step: int, generation: int, facts: dict[str, Any]) -> Manifest | None:
-    """Complete a checkpoint if every rank's part is there; None while parts are missing. One process calls it."""
-    partial, final = partial_folder(root, step, generation), checkpoint_folder(root, step)
-    parts = [Part.model_validate_json(path.read_text()) for path in sorted(partial.glob("part-*.json"))]
-    if not parts or len(parts) < parts[0].world:
-        return None
-    shapes = _check_coverage(parts)
-    manifest = Manifest(
-        format=FORMAT,
-        step=step,
-        world=parts[0].world,
-        generation=generation,
-        files={part.file: part.record for part in parts},
-        shapes=shapes,
-        facts=facts,
-    )
-    _write_json(partial / MANIFEST, manifest.model_dump())
-    for path in partial.glob("part-*.json"):
-        path.unlink()
-    if final.exists():  # the same step again, after a resume: the bytes there are as good
-        shutil.rmtree(partial)
-        return read_manifest(final)
-    partial.rename(final)
-    _sync(root)
-    return manifest
-
-
-def _check_coverage(parts: list[Part]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors; refuses unless the parts' boxes tile each of them exactly."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    boxes: dict[str, list[Box]] = {}
-    for part in parts:
-        shapes.update(part.shapes)
-        for key, (start, stop) in part.boxes.items():
-            boxes.setdefault(key, []).append(Box(start, stop))
-    for key, shape in shapes.items():
-        covered, size = sum(box.size for box in boxes[key]), Box.whole(shape).size
-        distinct = len({box.start for box in boxes[key]}) == len(boxes[key])
-        if covered != size or not distinct:
-            raise CheckpointError(f"{key}: the ranks wrote {covered} of {size} elements", tensor=key)
-    return shapes
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in root.glob(f"step-*/{MANIFEST}"))
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete checkpoint. Raises CheckpointError if there is none or it cannot be read."""
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint is not complete") from None
-    except ValidationError as error:
-        raise CheckpointError(f"{folder}/{MANIFEST}: {error.errors()[0]['msg']}") from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{folder}: format {manifest.format}, this version reads format {FORMAT}")
-    return manifest
-
-
-def verify(folder: Path) -> Manifest:
-    """Read every byte. Raises CheckpointError naming the first file that is missing, short or altered."""
-    manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path}: missing", file=name)
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise CheckpointError(f"{path}: {size} bytes, the manifest says {record.bytes}", file=name)
-        if _sha256(path) != record.sha256:
-            raise CheckpointError(f"{path}: sha256 differs from the manifest's", file=name)
-    return manifest
 
 
 def load_boxes(folder: Path, state: dict[str, BoxedTensor]) -> None:
@@ -219,45 +71,9 @@ def load_boxes(folder: Path, state: dict[str, BoxedTensor]) -> None:
         dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` complete checkpoints, and partial ones older than the newest."""
-    complete = list_checkpoints(root)
-    gone = complete[:-keep]
-    if complete:
-        newest = complete[-1].name
-        gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] <= newest]
-    for folder in gone:
-        # The manifest goes first: a half-removed checkpoint must not look complete.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    return gone
-
-
 @contextmanager
 def _alone() -> Iterator[None]:
     """DCP warns that it runs in one process only; that is what is meant here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from concertina.errors import CheckpointError
 from concertina.state.boxed import BoxedTensor
-from concertina.state.checkpoint import Part, partial_folder, write_part
+from concertina.state.checkpoint import write_part
+from concertina.state.manifest import Part, partial_folder
 
 __all__ = ["Saver"]
 

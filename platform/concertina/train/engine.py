@@ -23,7 +23,8 @@ from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
 from concertina.parallel.reducer import GradientReducer, Reduced, make_buckets
 from concertina.state.boxed import BoxedTensor
-from concertina.state.checkpoint import load_boxes, read_manifest
+from concertina.state.checkpoint import load_boxes
+from concertina.state.manifest import read_manifest
 from concertina.train.anomaly import Anomaly, AnomalyWatch
 from concertina.train.learning_rate import learning_rate
 from concertina.train.optimizer import ShardedAdamW

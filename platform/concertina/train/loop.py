@@ -24,7 +24,7 @@ from concertina.elastic.messages import (
     RolledBack,
 )
 from concertina.parallel.collectives import all_reduce_sum
-from concertina.state.checkpoint import Part, checkpoint_folder, list_checkpoints, read_manifest
+from concertina.state.manifest import Part, checkpoint_folder, list_checkpoints, read_manifest
 from concertina.state.saver import Saver
 from concertina.train.engine import Engine, StepResult
 

@@ -1,0 +1,122 @@
+"""Train a job: `concertina train jobs/quickstart.yaml`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.output import Output, OutputOption, next_commands, print_json
+
+__all__ = ["train"]
+
+
+def train(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job file, or the name of one in jobs/.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key. May be repeated.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Continue this run (an id, a beginning of one, or latest).")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, host:port. Absent: a local one is started.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="Folder of runs.", show_default="the job's storage_path")] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Train in the foreground, on a local Ray cluster or a running one. Ctrl-C stops with a checkpoint.
+
+    \b
+    Progress goes to stderr; with -o json the last line of stdout is a summary.
+    Exit codes: 0 done, 2 wrong input, 100 failed, 103 stopped, 104 no capacity.
+
+    \b
+    Example:
+      concertina train jobs/quickstart.yaml --set training.steps=50
+      concertina train --resume latest --set training.steps=400
+    """
+    from concertina.errors import ConfigError
+    from jobs.opening import open_job
+    from jobs.progress import Progress
+    from jobs.session import prepare_new, prepare_resume, run_session
+
+    more = list(overrides or [])
+    if storage is not None:
+        more.append(f"storage_path={storage}")
+    if resume is not None:
+        from concertina.track.run import open_run
+
+        folder = open_run(Path(storage or "runs"), resume)
+        opened = open_job(job or str(folder.job_file), more)
+        prepared = prepare_resume(folder, opened.job, opened.layout)
+    elif job is None:
+        raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
+    else:
+        opened = open_job(job, more)
+        prepared = prepare_new(opened.job, opened.layout)
+
+    progress = Progress(prepared.folder.events_file, prepared.job, prepared.layout.world)
+    if prepared.resume_from is not None:
+        progress.offset = prepared.folder.events_file.stat().st_size
+        progress.say(f"resuming run {prepared.folder.run_id} after step {prepared.resume_step}")
+    else:
+        progress.say(f"run {prepared.folder.run_id} in {prepared.folder.path}")
+    code, reason = run_session(prepared, address, progress)
+    _summary(prepared.folder, reason, output)
+    if code:
+        sys.exit(code)
+
+
+def _summary(folder: Any, reason: str, output: Output) -> None:
+    from concertina.track.summary import summarize
+    from jobs.progress import format_seconds, format_tokens
+
+    found = summarize(folder)
+    progress, shape = found.progress, found.shape
+    if output is Output.JSON:
+        print_json(
+            {
+                "run_id": found.run_id,
+                "mlflow_run_id": found.mlflow.run_id,
+                "steps": progress.steps,
+                "train_loss": progress.train_loss,
+                "val_loss": progress.val_loss,
+                "world": shape.world,
+                "layout": dict(shape.layout or {}),
+                "tokens": progress.tokens,
+                "seconds": progress.seconds,
+                "tokens_per_s": progress.tokens_per_s,
+                "status": found.outcome.status.value,
+            }
+        )
+        return
+    rows = [
+        ("run", found.run_id),
+        ("status", found.outcome.status.value + (f": {reason}" if reason else "")),
+        ("steps", f"{progress.steps} of {progress.target_steps}"),
+        ("training loss", _number(progress.train_loss)),
+        ("validation loss", _number(progress.val_loss)),
+        ("tokens", format_tokens(progress.tokens)),
+        ("time", format_seconds(progress.seconds)),
+        ("tokens/s", format_tokens(progress.tokens_per_s or 0.0)),
+        ("checkpoints", ", ".join(str(checkpoint.step) for checkpoint in found.checkpoints) or "none"),
+        ("folder", str(folder.path)),
+    ]
+    sys.stdout.write("\n" + "\n".join(f"{name:<16} {value}" for name, value in rows) + "\n")
+    commands = [
+        (f"concertina runs show {found.run_id}", "this run"),
+        ("concertina runs list", "all runs"),
+        (f"concertina ckpt list {found.run_id}", "its checkpoints"),
+    ]
+    if found.mlflow.uri:
+        commands.append((f"mlflow ui --backend-store-uri {found.mlflow.uri}", "curves and comparisons"))
+    if progress.steps < (progress.target_steps or 0):
+        commands.insert(0, (f"concertina train --resume {found.run_id}", "go on from the last checkpoint"))
+    next_commands(commands)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

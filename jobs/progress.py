@@ -1,0 +1,127 @@
+"""What does a person see while a run goes on? Lines made from the run's events, and one moving line on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from concertina.config import Job
+from concertina.track.events import Event, EventType, read_events
+
+__all__ = ["Progress", "format_seconds", "format_tokens"]
+
+
+def format_tokens(count: float) -> str:
+    """41200 -> 41.2k."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """4335 -> 1h12m."""
+    total = max(0, round(seconds))
+    hours, minutes = divmod(total // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
+
+
+@dataclass
+class _Window:
+    """Steps since the last line."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, data: Mapping[str, Any]) -> None:
+        self.seconds += float(data.get("step_s", 0.0))
+        self.tokens += float(data.get("tokens", 0.0))
+
+
+@dataclass
+class Progress:
+    """Follows one run's events.jsonl from where it stands and prints what is worth a line to `stream`."""
+
+    events: Path
+    job: Job
+    world: int
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    offset: int = 0
+    productive_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    _window: _Window = field(default_factory=_Window)
+    _moving: bool = False
+
+    @property
+    def on_terminal(self) -> bool:
+        return self.stream.isatty()
+
+    def look(self) -> None:
+        """Print what has come since the last look."""
+        for event in read_events(self.events, self.offset):
+            self.offset = event.end_offset
+            line = self._line(event)
+            if line:
+                self.say(line)
+
+    def say(self, line: str) -> None:
+        """One whole line."""
+        self._clear()
+        print(line, file=self.stream, flush=True)
+
+    def wait(self, text: str) -> None:
+        """Something that goes on and will be replaced; nothing unless on a terminal."""
+        if self.on_terminal:
+            print(f"\r\x1b[2K{text}", end="", file=self.stream, flush=True)
+            self._moving = True
+
+    def close(self) -> None:
+        """Leave the cursor on a fresh line."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._moving:
+            print("\r\x1b[2K", end="", file=self.stream)
+            self._moving = False
+
+    def _line(self, event: Event) -> str | None:
+        data = event.data
+        if event.type == EventType.STEP:
+            return self._step(event)
+        if event.type == EventType.EVAL:
+            return f"step={event.step}/{self.job.training.steps} validation_loss={float(data['loss']):.4f}"
+        if event.type == EventType.CHECKPOINT:
+            return f"step={event.step}/{self.job.training.steps} checkpoint={data['path']} bytes={data['bytes']}"
+        if event.type == EventType.ANOMALY:
+            return f"step={event.step} {data['kind']}: {data['detail']}; action: {data['action']}"
+        if event.type == EventType.ROLLBACK:
+            return f"step={event.step} rolled back to the checkpoint of step {data['to_step']}"
+        if event.type == EventType.STATE:
+            reason = f": {data['reason']}" if data.get("reason") else ""
+            return f"{data['state'].replace('_', ' ')}{reason}"
+        return None
+
+    def _step(self, event: Event) -> str | None:
+        data, step = event.data, event.step or 0
+        training = self.job.training
+        self._window.add(data)
+        self.productive_s += float(data.get("step_s", 0.0))
+        rate = self._window.tokens / self._window.seconds if self._window.seconds else 0.0
+        remaining = (training.steps - step) * float(data.get("step_s", 0.0))
+        goodput = self.productive_s / max(self.productive_s, time.monotonic() - self.started)
+        line = (
+            f"step={step}/{training.steps} loss={float(data['loss']):.4f} lr={float(data['learning_rate']):.2e} "
+            f"grad_norm={float(data['grad_norm']):.2f} tok/s={format_tokens(rate)} world={self.world} "
+            f"goodput={goodput:.2f} eta={format_seconds(remaining)}"
+        )
+        if step % training.log_every_steps and step != 1 and step != training.steps:
+            self.wait(line)
+            return None
+        self._window = _Window()
+        return line

@@ -1,0 +1,181 @@
+"""Does a run that stops, resumes, rolls back or changes its layout go the way of the one that did not?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concertina.config import Job
+from concertina.elastic.messages import AnomalySeen, Committed, Evaluated, Finished, Message, PartWritten, RolledBack
+from concertina.layout import Layout
+from concertina.state.manifest import checkpoint_folder, commit, list_checkpoints, read_manifest, verify
+from concertina.train.loop import CHECKPOINT, STOP, Loop
+from tests.distributed import run_distributed
+from tests.train.worlds import engine_on, tiny_job
+
+pytestmark = pytest.mark.dist
+
+
+@dataclass
+class Recorder:
+    """A link that keeps what is sent, completes checkpoints, and gives its word at one step."""
+
+    root: Path
+    word_at: dict[int, int] = field(default_factory=dict)
+    sent: list[Message] = field(default_factory=list)
+    step: int = 0
+
+    def word(self) -> int:
+        return self.word_at.get(self.step, 0)
+
+    def progress(self, step: int, phase: str) -> None:
+        self.step = step
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+        if isinstance(message, PartWritten):
+            commit(self.root, message.step, 0, message.facts)
+
+    def of(self, kind: type[Message]) -> list[Any]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+
+def run(
+    rank: int,
+    store: Any,
+    job: Job,
+    root: Path,
+    world: int,
+    ep: int,
+    word_at: dict[int, int],
+    resume_step: int | None,
+    poison: int | None = None,
+) -> tuple[list[Message], Finished]:
+    engine = engine_on(job, Layout(world, ep=ep), rank, store)
+    if resume_step is not None:
+        engine.load(checkpoint_folder(root, resume_step))
+    if poison is not None:
+        _poison(engine, poison)
+    link = Recorder(root, word_at)
+    finished = Loop(engine, root, 0, link).run()
+    return link.sent, finished
+
+
+def _poison(engine: Any, step: int) -> None:
+    """Every time the batch of `step` is read, the loss is not a number."""
+    compute, batch = engine._forward_backward, engine.sampler.batch(step - 1)
+
+    def poisoned(ids: list[int]) -> Any:
+        sums = compute(ids)
+        if ids == batch:
+            sums[0] = float("nan")
+        return sums
+
+    engine._forward_backward = poisoned
+
+
+def losses(sent: list[Message]) -> dict[int, float]:
+    return {message.step: message.metrics["loss"] for message in sent if isinstance(message, Committed)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Message]]:
+    root = tmp_path_factory.mktemp("uninterrupted")
+    sent, finished = run(0, None, tiny_job(), root, 1, 1, {}, None)
+    assert finished == Finished(0, 20, "done")
+    return root, sent
+
+
+def test_every_step_is_committed_once_and_in_order(uninterrupted: tuple[Path, list[Message]]) -> None:
+    root, sent = uninterrupted
+    assert [message.step for message in sent if isinstance(message, Committed)] == list(range(1, 21))
+    assert [message.step for message in sent if isinstance(message, Evaluated)] == [10, 20]
+    assert [folder.name for folder in list_checkpoints(root)][-1] == "step-00000020"
+    facts = read_manifest(checkpoint_folder(root, 20)).facts
+    assert facts["step"] == 20
+    assert facts["updates"] == 20
+    assert facts["tokens"] == sum(message.metrics["tokens"] for message in sent if isinstance(message, Committed))
+
+
+def test_resume_on_the_same_layout_is_bitwise(uninterrupted: tuple[Path, list[Message]]) -> None:
+    root, sent = uninterrupted
+    again, _ = run(0, None, tiny_job(), root, 1, 1, {}, 10)
+    expected = losses(sent)
+    assert losses(again) == {step: expected[step] for step in range(11, 21)}
+
+
+@pytest.mark.parametrize(("world", "ep"), [(4, 2), (3, 3)])
+def test_any_layout_resumes_any_layout(
+    world: int, ep: int, uninterrupted: tuple[Path, list[Message]], tmp_path: Path
+) -> None:
+    """One process writes step 5, a folded world goes on to 12 and stops, one process finishes."""
+    job, expected = tiny_job(), losses(uninterrupted[1])
+    run(0, None, job, tmp_path, 1, 1, {5: STOP}, None)
+    found = losses(run_distributed(run, world, job, tmp_path, world, ep, {12: STOP}, 5)[0][0])
+    assert list(found) == list(range(6, 13))
+    sent, finished = run(0, None, job, tmp_path, 1, 1, {}, 12)
+    assert finished.step == 20
+    found |= losses(sent)
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-10), f"step {step}"
+
+
+def test_the_word_stops_every_rank_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:
+    """Rank 0 hears it, the others learn it from the same all-reduce."""
+    ranks = run_distributed(run, 3, tiny_job(), tmp_path, 3, 1, {7: STOP}, None)
+    assert [finished for _, finished in ranks] == [Finished(rank, 7, "stopped") for rank in range(3)]
+    assert list(losses(ranks[0][0])) == list(range(1, 8))
+    assert losses(ranks[1][0]) == {}, "only the first rank speaks for the world"
+    verify(checkpoint_folder(tmp_path, 7))
+
+
+def test_the_word_asks_for_a_checkpoint(tmp_path: Path) -> None:
+    run(0, None, tiny_job(), tmp_path, 1, 1, {3: CHECKPOINT, 4: STOP}, None)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+# -- anomalies ---------------------------------------------------------------------------------------------------------
+
+
+def test_skip_leaves_the_weights_and_goes_on(tmp_path: Path) -> None:
+    job = tiny_job(training__anomaly={"nonfinite": "skip"})
+    sent, finished = run(0, None, job, tmp_path, 1, 1, {}, None, poison=8)
+    assert finished == Finished(0, 20, "done")
+    assert [(m.step, m.anomaly, m.action) for m in sent if isinstance(m, AnomalySeen)] == [(8, "nonfinite", "skip")]
+    assert len(losses(sent)) == 20
+    assert read_manifest(checkpoint_folder(tmp_path, 20)).facts["updates"] == 19
+
+
+def test_stop_ends_before_the_bad_step(tmp_path: Path) -> None:
+    job = tiny_job(training__anomaly={"nonfinite": "stop"})
+    sent, finished = run(0, None, job, tmp_path, 1, 1, {}, None, poison=8)
+    assert finished == Finished(0, 7, "anomaly")
+    assert list(losses(sent)) == list(range(1, 8))
+    assert read_manifest(checkpoint_folder(tmp_path, 7)).step == 7
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_roll_back_replays_and_skips_the_bad_step(
+    world: int, uninterrupted: tuple[Path, list[Message]], tmp_path: Path
+) -> None:
+    job = tiny_job(training__anomaly={"nonfinite": "roll_back"})
+    arguments = (job, tmp_path, world, 1, {}, None, 8)
+    sent, finished = run(0, None, *arguments) if world == 1 else run_distributed(run, world, *arguments)[0]
+    assert finished.step == 20
+    assert [(m.from_step, m.to_step) for m in sent if isinstance(m, RolledBack)] == [(8, 5)]
+    order = [message.step for message in sent if isinstance(message, Committed)]
+    assert order == [*range(1, 8), *range(6, 21)]
+    expected = losses(uninterrupted[1])
+    found = losses(sent)
+    for step in range(1, 8):
+        assert found[step] == pytest.approx(expected[step], rel=1e-10)
+    assert [m.anomaly for m in sent if isinstance(m, AnomalySeen)] == ["nonfinite", "replayed"]
+
+
+def test_too_many_anomalies_stop(tmp_path: Path) -> None:
+    job = tiny_job(training__anomaly={"nonfinite": "skip", "max_events": 1})
+    _, finished = run(0, None, job, tmp_path, 1, 1, {}, None, poison=8)
+    assert finished.reason == "anomaly"
