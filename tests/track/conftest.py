@@ -12,7 +12,6 @@ import pytest
 
 from concertina.track.mlflow_place import open_client
 
-
 # Hundreds of small transactions, each waiting for the disk, are not what these tests are about.
 IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 

@@ -47,12 +47,8 @@ class Server:
 
     def stop(self) -> None:
         """Its workers are in its group, and nobody else is."""
-        os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._log.close()
 
 
