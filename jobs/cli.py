@@ -23,6 +23,7 @@ COMMANDS = (
     ("layout", "jobs.commands.layout:layout"),
     ("train", "jobs.commands.train:train"),
     ("ckpt", "jobs.commands.ckpt:app"),
+    ("runs", "jobs.commands.runs:runs"),
     ("data", "jobs.commands.data:data"),
     ("doctor", "jobs.commands.doctor:doctor"),
 )
