@@ -13,25 +13,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import ray
-from concertina.elastic.channel import ChannelServer
-from concertina.elastic.waits import BOUNDS
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.assignment import Assignment, RunPlan
 from actors.book import Book
 from actors.hands import Hands, nodes_now
 from actors.journal import Journal
+from concertina.elastic.channel import ChannelServer
 from concertina.elastic.messages import Control, decode, encode
 from concertina.elastic.placement import Shortage, place
 from concertina.elastic.states import RunEvent, RunState
+from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
 from concertina.parallel.groups import make_store
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_sink import MlflowSink
+from concertina.track.reconcile import store_of
 from concertina.track.run import RunFolder
 
 __all__ = ["Coordinator", "Status"]
@@ -59,12 +59,14 @@ class Coordinator:
         self.journal = Journal.open(plan.folder / "journal.json", plan.session)
         generation = 0
         self.events = EventLog(plan.folder / "events.jsonl", plan.run_id)
-        self.sink = MlflowSink(RunFolder(plan.folder), plan.job.tracking)
+        folder = RunFolder(plan.folder)
+        self.sink = MlflowSink(folder, *store_of(folder)).start()
         keep = plan.job.checkpoint.keep
         self.address = ray.util.get_node_ip_address()
         self.server = ChannelServer(self.address, plan.token, generation, self._heard, self._lost)
         if not self.journal.is_restart:
             self._record_start()
+            self.journal.write({}, {})
         self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, keep)
         self.hands = Hands(plan.namespace, generation)
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -105,9 +107,10 @@ class Coordinator:
 
     def _run(self) -> None:
         try:
-            if self.journal.is_restart:
+            if self.journal.pids:
                 self._reattach()
             else:
+                self.hands.sweep()
                 self._begin()
             while not self.book.state.is_end:
                 self._turn(0.25)
@@ -152,7 +155,7 @@ class Coordinator:
         self.journal.write({rank: member.pid for rank, member in self.hands.members.items()}, self._nodes())
         listener = socket.create_server((self.address, 0), backlog=1024)
         store = (self.address, listener.getsockname()[1])
-        self._store = make_store(self.address, listener.detach(), timedelta(seconds=BOUNDS["collective"].seconds))
+        self._store = make_store(self.address, listener.detach(), BOUNDS["collective"].timedelta)
         for rank, member in self.hands.members.items():
             member.actor.train.remote(Assignment(self.plan, 0, rank, store, self.server.address))
 
@@ -230,7 +233,7 @@ class Coordinator:
         """Give everything back, then wait a little for the driver to see the end, then go."""
         self.hands.give_back()
         self.server.close()
-        self.sink.close(BOUNDS["tracking_close"].seconds)
+        self.sink.close(BOUNDS["tracking_close"].timedelta)
         self.events.close()
         self.journal.remove()
         self._over = True

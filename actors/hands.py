@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from concertina.elastic.waits import BOUNDS
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -22,8 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.agent import NodeAgent
 from actors.rank import Rank
 from concertina.elastic.placement import NodeCapacity, Placement
+from concertina.elastic.waits import BOUNDS
 
-__all__ = ["Hands", "Member", "nodes_now"]
+__all__ = ["COORDINATOR", "Hands", "Member", "nodes_now"]
+
+COORDINATOR = "coordinator"  # name of its actor in the run's namespace
 
 
 @dataclass
@@ -95,6 +98,15 @@ class Hands:
                 .remote()
             )
             self.members[rank] = Member(rank, node.node_id, actor)
+
+    def sweep(self) -> None:
+        """End what a coordinator of this session made before it died, when it had not come to its journal yet."""
+        for found in ray.util.list_named_actors(all_namespaces=True):
+            if found["namespace"] == self.namespace and found["name"] != COORDINATOR:
+                ray.kill(ray.get_actor(found["name"], self.namespace), no_restart=True)
+        for table in placement_group_table().values():
+            if table["name"].startswith(self.namespace) and table["state"] != "REMOVED":
+                remove_placement_group(get_placement_group(table["name"]))
 
     def adopt(self, pids: dict[int, int], nodes: dict[int, str]) -> None:
         """Take over what an earlier coordinator of this session made. Ranks that are gone are left out."""

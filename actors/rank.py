@@ -10,17 +10,16 @@ import os
 import threading
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from concertina.elastic.channel import ChannelClient
-from concertina.elastic.waits import BOUNDS
 
 from actors.assignment import Assignment
+from concertina.elastic.channel import ChannelClient
 from concertina.elastic.messages import Control, Message, RankError, Started, encode
+from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
 from concertina.layout import Axis
 from concertina.parallel.failures import is_communication_failure
@@ -121,7 +120,7 @@ class Rank:
         device = torch.device(plan.device)
         started = clock()
         link.progress(plan.resume_step, "forming")
-        timeout = timedelta(seconds=BOUNDS["collective"].seconds)
+        timeout = BOUNDS["collective"].timedelta
         store = connect_store(*assignment.store, timeout)
         address = ray.util.get_node_ip_address()
         options = GroupOptions(assignment.generation, plan.device, address, timeout)

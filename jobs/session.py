@@ -200,9 +200,10 @@ def _start_coordinator(plan: RunPlan) -> Any:
     import ray
 
     from actors.coordinator import Coordinator
+    from actors.hands import COORDINATOR
 
     options = {
-        "name": "coordinator",
+        "name": COORDINATOR,
         "namespace": plan.namespace,
         "lifetime": "detached",
         "num_cpus": 0,

@@ -78,6 +78,7 @@ class Outlasts:
         return BOUNDS[self.longer].seconds > sum(BOUNDS[name].seconds for name in self.shorter)
 
 
+_LEAVE_WITHOUT_COORDINATOR = ("coordinator_silence", "last_checkpoint", "rank_lingers")
 _STOP_WITHOUT_DRIVER = ("driver_silence", "last_checkpoint", "tracking_close", "coordinator_lingers")
 ORDER = [
     Outlasts("actors_finish", _STOP_WITHOUT_DRIVER, "a run without a driver ends in order before its cluster"),
@@ -112,13 +113,13 @@ def wait(
     interrupt: threading.Event | None = None,
     poll: timedelta = timedelta(seconds=0.02),
 ) -> Ending:
-    """Until `done()`, until `interrupt` is set (a new generation, a stop), or until the bound; `done` is asked first."""
+    """Until `done()`, until `interrupt` is set (a new generation, a stop), or the bound. `done` is asked first."""
     deadline = time.monotonic() + bound.seconds
-    never = threading.Event() if interrupt is None else interrupt
+    interrupted = threading.Event() if interrupt is None else interrupt
     while not done():
         left = deadline - time.monotonic()
         if left <= 0:
             return Ending.BOUND
-        if never.wait(min(left, poll.total_seconds())):
+        if interrupted.wait(min(left, poll.total_seconds())):
             return Ending.DONE if done() else Ending.INTERRUPTED
     return Ending.DONE
