@@ -64,7 +64,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "set up: everything is in $(VENV)"
 
 constraints: $(STAMP)
-	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*$$//'; } >$(VENV)/constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+[^ ]*$$//'; } >$(VENV)/constraints.txt
 	@mv $(VENV)/constraints.txt constraints.txt
 
 clean:
