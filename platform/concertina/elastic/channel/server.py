@@ -1,0 +1,331 @@
+"""How does the coordinator hear its ranks? One thread, one selector, one authenticated connection a rank.
+
+A reset or an end of stream is evidence of death; silence is suspicion only. No client, however slow or wrong, holds up
+another: sockets do not block, and a connection that has not proved itself in time is closed.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from concertina.elastic.channel.wire import (
+    GREETING_LIMIT_BYTES,
+    LINE_LIMIT_BYTES,
+    Hello,
+    Lines,
+    WireError,
+    new_nonce,
+    prove,
+    proves,
+    to_line,
+    tune,
+)
+from concertina.elastic.waits import BOUNDS
+
+__all__ = ["ChannelServer", "Silence"]
+
+log = logging.getLogger("concertina.channel")
+
+_MOST_UNPROVEN = 64
+_TICK_S = 0.1
+_BUSY_ONLY_SHORT = "step"  # in every other phase a rank may hold the interpreter for long: imports, builds, writes
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A rank not heard for `seconds`. When it was, it was in this step and phase, since `progress_age_s`."""
+
+    seconds: float
+    step: int
+    phase: str
+    progress_age_s: float
+
+    @property
+    def suspicious(self) -> bool:
+        """Longer than a living rank in this phase is ever silent on a busy machine. No proof of anything."""
+        name = "silence" if self.phase == _BUSY_ONLY_SHORT else "silence_busy"
+        return self.seconds > BOUNDS[name].seconds
+
+
+@dataclass
+class _Peer:
+    """One connection. `hello` is None until it has proved itself."""
+
+    connection: socket.socket
+    nonce: str = field(default_factory=new_nonce)
+    lines: Lines = field(default_factory=lambda: Lines(GREETING_LIMIT_BYTES))
+    out: bytearray = field(default_factory=bytearray)
+    hello: Hello | None = None
+    since_s: float = field(default_factory=time.monotonic)
+    heard_s: float = field(default_factory=time.monotonic)
+    step: int = 0
+    phase: str = ""
+    progress_age_s: float = 0.0
+
+
+class ChannelServer:
+    """Listens on one address of this node from the start. Callbacks come from its thread, in each rank's order.
+
+    `heard(rank, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
+    this process must be on disk by then. `lost(rank, evidence)` comes when an established connection ends without a
+    goodbye, evidence "reset", "eof", "timeout" or "garbage"; the rank may connect again.
+    `received` is what an earlier server's `received` said: no message comes twice over a restart.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        token: str,
+        generation: int,
+        heard: Callable[[int, dict[str, Any]], None],
+        lost: Callable[[int, str], None],
+        received: Mapping[str, int] | None = None,
+    ) -> None:
+        if host in ("", "0.0.0.0", "::"):
+            raise ValueError(f"the channel listens on one address of this node, not on {host!r}")
+        self._token, self._generation = token, generation
+        self._heard, self._lost = heard, lost
+        self._received = dict(received or {})
+        self._name = new_nonce()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closing = False
+        self._unproven: list[_Peer] = []
+        self._ranks: dict[int, _Peer] = {}
+        self._controls: dict[int, deque[tuple[int, dict[str, Any]]]] = {}
+        self._numbers = 0
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self._listener.setblocking(False)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._run, name="channel-server", daemon=True)
+        self._thread.start()
+
+    # -- for any thread ---------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listener.getsockname()[:2]
+        return host, port
+
+    @property
+    def received(self) -> dict[str, int]:
+        """The last message of every client (incarnation -> number), for the journal."""
+        return dict(self._received)
+
+    def connected(self) -> dict[int, Hello]:
+        """Ranks that are connected now."""
+        return {rank: peer.hello for rank, peer in list(self._ranks.items()) if peer.hello is not None}
+
+    def silences(self) -> dict[int, Silence]:
+        """For every connected rank how long it has been silent."""
+        now = time.monotonic()
+        return {
+            rank: Silence(now - peer.heard_s, peer.step, peer.phase, peer.progress_age_s)
+            for rank, peer in list(self._ranks.items())
+        }
+
+    def send(self, rank: int, document: dict[str, Any]) -> None:
+        """Queue a control message: it arrives once, when the rank is connected. A new server knows nothing of it."""
+        self._post(lambda: self._control(rank, document))
+
+    def fence(self, generation: int) -> None:
+        """From now on refuse ranks of older generations; those that are connected are told and cut off."""
+        self._post(lambda: self._fence(generation))
+
+    def close(self) -> None:
+        """Say goodbye to nobody: clients look for another server. Safe to call twice."""
+        self._post(lambda: setattr(self, "_closing", True))
+        self._thread.join()
+
+    def _post(self, task: Callable[[], None]) -> None:
+        self._tasks.put(task)
+        try:
+            self._wake_write.send(b".")
+        except OSError:
+            log.debug("the channel is closed")
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                for key, events in self._selector.select(_TICK_S):
+                    self._handle(key, events)
+                self._drop_late_greetings()
+        finally:
+            for held in [*self._selector.get_map().values()]:
+                held.fileobj.close()  # type: ignore[union-attr]
+            self._selector.close()
+            self._wake_write.close()
+
+    def _handle(self, key: selectors.SelectorKey, events: int) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+        elif key.fileobj is self._wake_read:
+            self._do_tasks()
+        else:
+            self._converse(key.data, events)
+
+    def _do_tasks(self) -> None:
+        self._wake_read.recv(4096)
+        while not self._tasks.empty():
+            self._tasks.get()()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return  # it went again, or we are out of descriptors: the next tick tries again
+        connection.setblocking(False)
+        tune(connection)
+        peer = _Peer(connection)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+        self._unproven.append(peer)
+        if len(self._unproven) > _MOST_UNPROVEN:
+            self._drop(self._unproven[0], "crowded out")
+        self._write(peer, {"nonce": peer.nonce, "server": self._name})
+
+    def _converse(self, peer: _Peer, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._flush(peer)
+            if events & selectors.EVENT_READ:
+                self._read(peer)
+        except (ConnectionResetError, BrokenPipeError):
+            self._drop(peer, "reset")
+        except WireError as error:
+            log.warning("a connection is closed: %s", error)
+            self._drop(peer, "garbage")
+        except OSError as error:
+            log.warning("a connection ends: %s", error)
+            self._drop(peer, "timeout")
+
+    def _read(self, peer: _Peer) -> None:
+        try:
+            data = peer.connection.recv(2**18)
+        except BlockingIOError:
+            return
+        if not data:
+            self._drop(peer, "eof")
+            return
+        peer.heard_s = time.monotonic()
+        for document in peer.lines.feed(data):
+            if peer.connection.fileno() < 0:
+                return  # an earlier line ended it
+            if peer.hello is None:
+                self._greet(peer, document)
+            else:
+                self._listen(peer, peer.hello, document)
+        if peer.hello is not None and peer.connection.fileno() >= 0:
+            self._write(peer, {"ack": self._received.get(peer.hello.incarnation, 0)})
+
+    def _greet(self, peer: _Peer, document: dict[str, Any]) -> None:
+        hello = Hello.from_document(document.get("hello"))
+        nonce = document.get("nonce")
+        if not proves(document.get("mac"), self._token, "client", peer.nonce, nonce, hello.to_document()):
+            raise WireError(f"who says it is rank {hello.rank} does not hold the run's token")
+        if hello.generation != self._generation:
+            self._refuse(peer, nonce, hello)
+            return
+        acked = self._received.get(hello.incarnation, 0)
+        self._write(peer, {"acked": acked, "mac": prove(self._token, "server", nonce, peer.nonce, acked)})
+        peer.hello, peer.lines.limit_bytes = hello, LINE_LIMIT_BYTES
+        self._unproven.remove(peer)
+        former = self._ranks.get(hello.rank)
+        self._ranks[hello.rank] = peer
+        if former is not None:
+            self._close(former)  # half-open, or cut by the rank: not lost, it is here
+        heard = hello.heard if hello.server == self._name else 0
+        for number, control in self._controls.get(hello.rank, ()):
+            if number > heard:
+                self._write(peer, {"number": number, "tell": control})
+
+    def _refuse(self, peer: _Peer, nonce: Any, hello: Hello) -> None:
+        log.warning("rank %d of generation %d is refused: this is %d", hello.rank, hello.generation, self._generation)
+        if hello.generation < self._generation:
+            mac = prove(self._token, "server", nonce, peer.nonce, f"fenced {self._generation}")
+            self._write(peer, {"fenced": self._generation, "mac": mac})
+        self._drop(peer, "refused")
+
+    def _listen(self, peer: _Peer, hello: Hello, document: dict[str, Any]) -> None:
+        match document:
+            case {"seq": int(number), "say": dict(said)}:
+                if number > self._received.get(hello.incarnation, 0):
+                    self._heard(hello.rank, said)
+                    self._received[hello.incarnation] = number
+            case {
+                "beat": {"step": int(step), "phase": str(phase), "age_s": int() | float() as age_s, "heard": int(heard)}
+            }:
+                peer.step, peer.phase, peer.progress_age_s = step, phase, age_s
+                self._forget_controls(hello.rank, heard)
+            case {"bye": True}:
+                self._close(peer)
+            case _:
+                raise WireError("a line that is none of the channel's")
+
+    def _forget_controls(self, rank: int, heard: int) -> None:
+        controls = self._controls.get(rank)
+        while controls and controls[0][0] <= heard:
+            controls.popleft()
+
+    def _control(self, rank: int, document: dict[str, Any]) -> None:
+        self._numbers += 1
+        self._controls.setdefault(rank, deque()).append((self._numbers, document))
+        if rank in self._ranks:
+            self._write(self._ranks[rank], {"number": self._numbers, "tell": document})
+
+    def _fence(self, generation: int) -> None:
+        self._generation = generation
+        for peer in list(self._ranks.values()):
+            if peer.hello is not None and peer.hello.generation < generation:
+                self._write(peer, {"fenced": generation})
+                self._close(peer)
+
+    def _write(self, peer: _Peer, document: dict[str, Any]) -> None:
+        peer.out += to_line(document)
+        try:
+            self._flush(peer)
+        except OSError as error:
+            log.debug("its reading end will say so as well: %s", error)
+
+    def _flush(self, peer: _Peer) -> None:
+        with suppress(BlockingIOError):
+            while peer.out:
+                del peer.out[: peer.connection.send(peer.out)]
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.out else 0)
+        self._selector.modify(peer.connection, wanted, peer)
+
+    def _drop_late_greetings(self) -> None:
+        late = time.monotonic() - BOUNDS["channel_greeting"].seconds
+        for peer in [peer for peer in self._unproven if peer.since_s < late]:
+            self._drop(peer, "no greeting")
+
+    def _drop(self, peer: _Peer, evidence: str) -> None:
+        """Close; the loss of an established connection is told."""
+        established = peer.hello is not None and self._ranks.get(peer.hello.rank) is peer
+        self._close(peer)
+        if established and peer.hello is not None:
+            self._lost(peer.hello.rank, evidence)
+
+    def _close(self, peer: _Peer) -> None:
+        if peer.connection.fileno() >= 0:
+            self._selector.unregister(peer.connection)
+            peer.connection.close()
+        if peer in self._unproven:
+            self._unproven.remove(peer)
+        if peer.hello is not None and self._ranks.get(peer.hello.rank) is peer:
+            del self._ranks[peer.hello.rank]
