@@ -6,6 +6,7 @@ when the coordinator restarts and ranks say again what it may have missed. Rolli
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,24 @@ __all__ = ["Book"]
 
 
 class Book:
-    """One run's state in one generation. Called from one thread."""
+    """One run's state in one generation. Any thread may call; one at a time is let in.
+
+    What `record` has taken in is on storage when it returns: the channel acknowledges a message by that.
+    """
 
     def __init__(self, log: EventLog, checkpoints: Path, world: int, generation: int, keep: int) -> None:
+        self._mutex = threading.RLock()
         self.log, self.checkpoints = log, checkpoints
         self.world, self.generation, self.keep = world, generation, keep
         self.state = RunState.WAITING_FOR_CAPACITY
         self.reason = ""
-        self.step = 0
+        self._written = _written_in_session(log.path)
+        self.step = self._written.get(EventType.STEP, 0)
         self.stop_reason = "asked to stop"
         self.started: set[int] = set()
         self.finished: dict[int, Finished] = {}
         self.errors: list[RankError] = []
         self.lost: dict[int, str] = {}
-        self._written = _written_in_session(log.path)
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Started: self._on_started,
             Committed: self._on_committed,
@@ -62,19 +67,23 @@ class Book:
 
     def move(self, event: RunEvent, reason: str = "", **data: Any) -> None:
         """Make one transition and record it, if it is one."""
-        state = transition(self.state, event)
-        if state is self.state:
-            return
-        self.state, self.reason = state, reason
-        self.event(EventType.STATE, self.step, state=state.value, reason=reason, **data)
+        with self._mutex:
+            state = transition(self.state, event)
+            if state is self.state:
+                return
+            self.state, self.reason = state, reason
+            self.event(EventType.STATE, self.step, state=state.value, reason=reason, **data)
 
     def record(self, message: Message) -> None:
         """Take in one message of a rank."""
-        self._handlers[type(message)](message)
+        with self._mutex:
+            self._handlers[type(message)](message)
 
     def blame(self) -> Blame | None:
         """Who broke the run, as far as is known."""
-        return find_blame(self.errors, {rank: why for rank, why in self.lost.items() if rank not in self.finished})
+        with self._mutex:
+            lost = {rank: why for rank, why in self.lost.items() if rank not in self.finished}
+            return find_blame(self.errors, lost)
 
     @property
     def all_finished(self) -> bool:
@@ -105,8 +114,9 @@ class Book:
         except CheckpointError as error:
             self.event(EventType.ERROR, message.step, message=str(error), rank=message.rank, traceback="")
             return
-        if manifest is None:
+        if manifest is None or message.step == self._written.get(EventType.CHECKPOINT):
             return
+        self._written[EventType.CHECKPOINT] = message.step
         folder = checkpoint_folder(self.checkpoints, message.step)
         facts = {key: message.facts[key] for key in ("tokens", "layout") if key in message.facts}
         self.event(EventType.CHECKPOINT, message.step, path=f"checkpoints/{folder.name}", bytes=manifest.bytes, **facts)
@@ -118,7 +128,7 @@ class Book:
 
     def _on_rolled_back(self, message: RolledBack) -> None:
         self.step = message.to_step
-        self._written = {EventType.STEP: message.to_step, EventType.EVAL: message.to_step}
+        self._written |= {EventType.STEP: message.to_step, EventType.EVAL: message.to_step}
         self.event(EventType.ROLLBACK, message.from_step, to_step=message.to_step)
 
     def _on_finished(self, message: Finished) -> None:
@@ -141,7 +151,7 @@ def _written_in_session(path: Path) -> dict[str, int]:
             from_step = int(event.data.get("resumed_from_step") or 0)
             last = {EventType.STEP: from_step, EventType.EVAL: from_step}
         elif event.type == EventType.ROLLBACK:
-            last = {EventType.STEP: int(event.data["to_step"]), EventType.EVAL: int(event.data["to_step"])}
+            last |= {EventType.STEP: int(event.data["to_step"]), EventType.EVAL: int(event.data["to_step"])}
         elif event.step is not None:
             last[event.type] = max(last.get(event.type, 0), event.step)
     return last

@@ -20,9 +20,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.assignment import Assignment, RunPlan
 from actors.book import Book
-from actors.hands import Hands, nodes_now
+from actors.hands import Hands, Member, nodes_now
 from actors.journal import Journal
-from concertina.elastic.channel import ChannelServer
+from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.messages import Control, decode, encode
 from concertina.elastic.placement import Shortage, place
 from concertina.elastic.states import RunEvent, RunState
@@ -56,20 +56,20 @@ class Coordinator:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
+        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.journal = Journal.open(plan.folder / "journal.json", plan.session)
         generation = 0
         self.events = EventLog(plan.folder / "events.jsonl", plan.run_id)
         folder = RunFolder(plan.folder)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         keep = plan.job.checkpoint.keep
-        self.address = ray.util.get_node_ip_address()
-        self.server = ChannelServer(self.address, plan.token, generation, self._heard, self._lost)
         if not self.journal.is_restart:
             self._record_start()
             self.journal.write({}, {})
         self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, keep)
+        self.address = ray.util.get_node_ip_address()
+        self.server = ChannelServer(self.address, plan.token, generation, self._heard, self._lost)
         self.hands = Hands(plan.namespace, generation)
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting = ""
         self._exit_code = 1
         self._over = False
@@ -98,7 +98,7 @@ class Coordinator:
     # -- callbacks of the channel ---------------------------------------------------------------------------------
 
     def _heard(self, rank: int, document: dict[str, Any]) -> None:
-        self._queue.put(lambda: self.book.record(decode(document)))
+        self.book.record(decode(document))
 
     def _lost(self, rank: int, evidence: str) -> None:
         self._queue.put(lambda: self._on_lost(rank, evidence))
@@ -189,7 +189,17 @@ class Coordinator:
             if rank not in self.hands.members:
                 self.book.lost[rank] = "its process was gone when the coordinator restarted"
         for member in self.hands.members.values():
-            member.actor.reattach.remote(self.server.address)
+            self._hear_again(member)
+
+    def _hear_again(self, member: Member) -> None:
+        """A rank's last word may have reached the coordinator that is gone: ask for it."""
+        try:
+            told = ray.get(member.actor.reattach.remote(self.server.address), timeout=BOUNDS["ask_ray"].seconds)
+        except (RayActorError, GetTimeoutError) as error:
+            self.book.lost[member.rank] = str(error).splitlines()[0]
+            return
+        if told is not None:
+            self.book.record(decode(told))
 
     def _nodes(self) -> dict[int, str]:
         return {rank: member.node_id for rank, member in self.hands.members.items()}
@@ -208,11 +218,14 @@ class Coordinator:
     # -- failures -------------------------------------------------------------------------------------------------
 
     def _on_lost(self, rank: int, evidence: str) -> None:
-        if rank not in self.book.finished:
+        if rank not in self.book.finished and rank not in self.book.lost:
             self.book.lost[rank] = f"{self.hands.why_gone(rank)} ({evidence})"
 
     def _look_for_trouble(self) -> None:
         """A failure is judged once its evidence is in: the rank to blame is seldom the first one heard of."""
+        for rank, silence in self.server.silences().items():
+            if silence.seconds > BOUNDS["silence_busy"].seconds:
+                self._on_lost(rank, f"silent for {silence.seconds:.0f} s at step {silence.step} ({silence.phase})")
         blame = self.book.blame()
         if blame is None or self.book.state.is_end:
             return

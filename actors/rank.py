@@ -17,7 +17,7 @@ import ray
 import torch
 
 from actors.assignment import Assignment
-from concertina.elastic.channel import ChannelClient
+from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.messages import Control, Message, RankError, Started, encode
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
@@ -73,6 +73,7 @@ class Rank:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._client: ChannelClient | None = None
+        self._last_word: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Where this rank is, once its imports are done."""
@@ -84,10 +85,11 @@ class Rank:
         self._thread = threading.Thread(target=self._train, args=(assignment,), name="train", daemon=True)
         self._thread.start()
 
-    def reattach(self, channel: tuple[str, int]) -> None:
-        """The coordinator has restarted and listens here now."""
+    def reattach(self, channel: tuple[str, int]) -> dict[str, Any] | None:
+        """The coordinator has restarted and listens here now. Answers with this rank's last word, if it has said it."""
         assert self._client is not None
         self._client.move_to(channel)
+        return self._last_word
 
     # -- the training thread --------------------------------------------------------------------------------------
 
@@ -98,12 +100,15 @@ class Rank:
             link = self._connect(assignment)
             loop = self._build(assignment, link)
             finished = loop.run()
+            self._last_word = encode(finished)
             if link.orphaned:
                 _commit_alone(assignment, finished.step, loop.last_facts)
         except Exception as error:
             log.exception("rank %d ends", assignment.rank)
+            report = _report(assignment.rank, error)
+            self._last_word = encode(report)
             if link is not None:
-                link.send(_report(assignment.rank, error))
+                link.send(report)
         self._linger()
 
     def _connect(self, assignment: Assignment) -> RankLink:

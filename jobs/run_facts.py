@@ -109,7 +109,7 @@ def _layout(layout: Mapping[str, Any]) -> str:
         degrees = layout.get(grid)
         if isinstance(degrees, Mapping):
             parts.append(f"{grid} " + " ".join(f"{axis} {degree}" for axis, degree in degrees.items()))
-    return " | ".join(parts) or _brief(layout)
+    return " | ".join(parts) or " ".join(f"{axis} {_brief(degree)}" for axis, degree in layout.items())
 
 
 def _origin(folder: RunFolder) -> list[str]:

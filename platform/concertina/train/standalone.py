@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--steps-file", type=Path)
     arguments = parser.parse_args()
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    job = load_job(Path(arguments.job), [*arguments.overrides, f"cluster.num_workers={world}"])
+    job = load_job(Path(arguments.job), [*arguments.overrides, f"cluster.num_workers={world}", "cluster.num_nodes=1"])
     torch.set_num_threads(job.cluster.threads_per_worker)
     layout = check_job(job)
     engine = build_engine(job, prepare(job.data, Path(job.storage_path), job.model.vocab_size), torch.device("cpu"))
