@@ -303,6 +303,23 @@ def test_a_new_server_elsewhere_gets_every_message_once(hall: Hall) -> None:
         assert [m["index"] for m in ear.messages if m["rank"] == rank] == list(range(2000))
 
 
+def test_what_was_heard_but_never_acknowledged_is_not_heard_again(hall: Hall) -> None:
+    """The connection broke between the hearing and the acknowledgement: the rank must say it again."""
+    ear = Ear()
+    server = hall.server(ear)
+    for _ in range(2):
+        with greet(server.address) as rank:
+            rank.sendall(to_line({"seq": 1, "say": {"first": 1}}))
+            wait_until(lambda: server.received.get("i") == 1)
+    other = hall.server(ear, received=server.received)
+    with greet(other.address) as rank:
+        acked = json.loads(rank.makefile().readline())["acked"]
+        rank.sendall(to_line({"seq": 1, "say": {"first": 1}}) + to_line({"seq": 2, "say": {"second": 2}}))
+        wait_until(lambda: other.received == {"i": 2})
+    assert acked == 1
+    assert ear.messages == [{"first": 1}, {"second": 2}]
+
+
 def test_words_come_once_over_a_broken_connection(hall: Hall) -> None:
     """Nobody hears a word twice, whether the connection broke or the server began anew."""
     ear = Ear()
