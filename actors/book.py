@@ -61,11 +61,11 @@ class Book:
             RankError: self.errors.append,
         }
 
-    def event(self, kind: EventType, step: int | None = None, **data: Any) -> None:
+    def event(self, kind: EventType, step: int | None = None, /, **data: Any) -> None:
         """Append one event of this generation."""
         self.log.append(kind, data, generation=self.generation, step=step)
 
-    def move(self, event: RunEvent, reason: str = "", **data: Any) -> None:
+    def move(self, event: RunEvent, reason: str = "", /, **data: Any) -> None:
         """Make one transition and record it, if it is one."""
         with self._mutex:
             state = transition(self.state, event)

@@ -29,6 +29,7 @@ from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
 from concertina.parallel.groups import make_store
+from concertina.state.manifest import discard_after
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_sink import MlflowSink
 from concertina.track.reconcile import store_of
@@ -64,6 +65,7 @@ class Coordinator:
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         keep = plan.job.checkpoint.keep
         if not self.journal.is_restart:
+            discard_after(plan.checkpoints, plan.resume_step)
             self._record_start()
             self.journal.write({}, {})
         self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, keep)

@@ -22,10 +22,11 @@ __all__ = ["Bucket", "Slot", "plan_slots", "split_dim"]
 
 def split_dim(shape: tuple[int, ...], parts: int) -> int:
     """The dimension a box is cut along: the first one with a row for every part, else the longest."""
+    assert shape, "a scalar parameter has no dimension to cut: give it shape (1,)"
     for dim, length in enumerate(shape):
         if length >= parts:
             return dim
-    return max(range(len(shape)), key=lambda dim: shape[dim]) if shape else 0
+    return max(range(len(shape)), key=lambda dim: shape[dim])
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ class Bucket:
         self.weight_decay = weight_decay
         self.slots = plan_slots({name: boxes[name] for name in parameters}, group.size)
         self.own = self.slots[group.rank]
-        length = max(sum(slot.numel for slot in rank.values()) for rank in self.slots)
+        filled = [sum(slot.numel for slot in rank.values()) for rank in self.slots]
+        length = max(filled)
         first = next(iter(parameters.values()))
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.grads = first.new_zeros(group.size, length, dtype=self.dtype)
         # A group of one needs no exchange: its shard is the buffer itself.
         self.shard = self.grads[0] if group.size == 1 else self.grads.new_zeros(length)
+        self._padding = [self.grads[rank, used:] for rank, used in enumerate(filled) if used < length]
         self._slot_views = {name: self._views_of(self.grads, name) for name in parameters}
         self._filled: set[str] = set()
         self._pending: Pending | None = None
@@ -112,6 +115,9 @@ class Bucket:
         for name in self.parameters.keys() - self._filled:
             for _, view in self._slot_views[name]:
                 view.zero_()
+        # Narrower weights that were gathered through this buffer are laid out otherwise: they lie in the padding too.
+        for view in self._padding:
+            view.zero_()
         self._filled.clear()
         self._pending = reduce_scatter_sum(self.shard, self.grads.view(-1), self.group)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan
 
 from concertina.errors import CheckpointError
@@ -35,9 +35,12 @@ class _RankWriter(HuggingFaceStorageWriter):
 
 
 def write_part(folder: Path, state: dict[str, BoxedTensor], *, rank: int, world: int, generation: int) -> Part:
-    """Write one rank's boxes into a partial folder, durable before it returns. No collective."""
+    """Write one rank's boxes into a partial folder, durable before it returns. No collective.
+
+    Raises CheckpointError or OSError when storage refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone():
+    with _alone(folder):
         dcp.save(dict(state), storage_writer=_RankWriter(folder, rank), no_dist=True)
     written = sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
     assert len(written) == 1, f"rank {rank} wrote {len(written)} files"
@@ -57,7 +60,7 @@ def write_part(folder: Path, state: dict[str, BoxedTensor], *, rank: int, world:
 def load_boxes(folder: Path, state: dict[str, BoxedTensor]) -> None:
     """Fill the boxes of `state` in place from a checkpoint of any layout. No collective.
 
-    Raises CheckpointError when a tensor is missing or has another shape.
+    Raises CheckpointError when a tensor is missing, has another shape, or cannot be read.
     """
     shapes = read_manifest(folder).shapes
     for key, boxed in state.items():
@@ -67,13 +70,21 @@ def load_boxes(folder: Path, state: dict[str, BoxedTensor]) -> None:
             raise CheckpointError(
                 f"{folder}: {key} has shape {shapes[key]}, the model wants {tuple(boxed.shape)}", tensor=key
             )
-    with _alone():
+    with _alone(folder):
         dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """DCP warns that it runs in one process only; that is what is meant here."""
+def _alone(folder: Path) -> Iterator[None]:
+    """DCP warns that it runs in one process only; that is what is meant here.
+
+    What goes wrong inside DCP comes out as a BaseException, which no `except Exception` sees: here it gets its cause's
+    words and our class.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise CheckpointError(f"{folder}: {type(cause).__name__}: {cause}") from cause

@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ __all__ = [
     "Part",
     "checkpoint_folder",
     "commit",
+    "discard_after",
     "list_checkpoints",
     "partial_folder",
     "prune",
@@ -114,14 +118,17 @@ def commit(root: Path, step: int, generation: int, facts: dict[str, Any]) -> Man
         shapes=shapes,
         facts=facts,
     )
-    _write_json(partial / MANIFEST, manifest.model_dump())
-    for path in partial.glob("part-*.json"):
-        path.unlink()
-    if final.exists():  # the same step again, after a resume: the bytes there are as good
+    if (final / MANIFEST).exists():  # the same step again, after a roll back: the bytes there are as good
         shutil.rmtree(partial)
         return read_manifest(final)
+    shutil.rmtree(final, ignore_errors=True)  # what a kill left of one that was being removed
+    _write_json(partial / MANIFEST, manifest.model_dump())
+    _sync(partial)
     partial.rename(final)
     _sync(root)
+    # Last: a kill before this line leaves parts to commit again, or a complete checkpoint with pages nobody reads.
+    for path in final.glob("part-*.json"):
+        path.unlink()
     return manifest
 
 
@@ -134,11 +141,25 @@ def _check_coverage(parts: list[Part]) -> dict[str, tuple[int, ...]]:
         for key, (start, stop) in part.boxes.items():
             boxes.setdefault(key, []).append(Box(start, stop))
     for key, shape in shapes.items():
-        covered, size = sum(box.size for box in boxes[key]), Box.whole(shape).size
-        distinct = len({box.start for box in boxes[key]}) == len(boxes[key])
-        if covered != size or not distinct:
-            raise CheckpointError(f"{key}: the ranks wrote {covered} of {size} elements", tensor=key)
+        if not _tiles(boxes[key], shape):
+            covered, size = sum(box.size for box in boxes[key]), Box.whole(shape).size
+            text = f"{key}: the ranks wrote {covered} of {size} elements, in boxes that leave gaps or overlap"
+            raise CheckpointError(text, tensor=key)
     return shapes
+
+
+def _tiles(boxes: list[Box], shape: tuple[int, ...]) -> bool:
+    """Whether boxes cover a tensor, no element twice.
+
+    A box is the sum of the orthants at its corners, with signs; so boxes tile the whole exactly when all corners
+    cancel against the whole's. Linear in their number, for any cuts.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, box in [(-1, Box.whole(shape)), *((1, box) for box in boxes)]:
+        if box.size:
+            for ends in product(*(((start, 1), (stop, -1)) for start, stop in zip(box.start, box.stop, strict=True))):
+                corners[tuple(at for at, _ in ends)] += sign * prod(side for _, side in ends)
+    return not any(corners.values())
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -149,7 +170,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete checkpoint. Raises CheckpointError if there is none or it cannot be read."""
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: the checkpoint is not complete") from None
     except ValidationError as error:
@@ -181,11 +202,27 @@ def prune(root: Path, keep: int) -> list[Path]:
     if complete:
         newest = complete[-1].name
         gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] <= newest]
-    for folder in gone:
+    _remove(gone)
+    return gone
+
+
+def discard_after(root: Path, step: int) -> list[Path]:
+    """Remove what a session that begins at `step` does again: later checkpoints, and all that never became one.
+
+    Parts of a killed session would otherwise be counted among this one's, and a damaged checkpoint that it passed over
+    would be kept in the place of its own.
+    """
+    later = [path for path in root.glob("step-*") if path.name > checkpoint_folder(root, step).name]
+    gone = sorted([*later, *root.glob(".step-*")])
+    _remove(gone)
+    return gone
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
         # The manifest goes first: a half-removed checkpoint must not look complete.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-    return gone
 
 
 def _sha256(path: Path) -> str:

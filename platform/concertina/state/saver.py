@@ -32,7 +32,7 @@ class Saver:
         self.place = _Place(root, rank, world, generation)
         self.on_part = on_part
         self._thread: threading.Thread | None = None
-        self._error: OSError | RuntimeError | None = None
+        self._error: CheckpointError | OSError | RuntimeError | None = None
 
     def start(self, step: int, state: dict[str, BoxedTensor]) -> None:
         """Copy `state` to host memory now and write it in the background; waits for the step before it."""
@@ -49,7 +49,7 @@ class Saver:
         folder = partial_folder(place.root, step, place.generation)
         try:
             part = write_part(folder, state, rank=place.rank, world=place.world, generation=place.generation)
-        except (OSError, RuntimeError) as error:  # a full disk surfaces as either, through DCP
+        except (CheckpointError, OSError, RuntimeError) as error:  # a full disk surfaces as any of them
             self._error = error
         else:
             self.on_part(step, part)
