@@ -110,6 +110,7 @@ class Coordinator:
     def _run(self) -> None:
         try:
             if self.journal.pids:
+                self.journal.write(self.journal.pids, self.journal.nodes)
                 self._reattach()
             else:
                 self.hands.sweep()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,13 +33,13 @@ class Journal:
             pids = {int(rank): pid for rank, pid in document["pids"].items()}
             nodes = {int(rank): node for rank, node in document["nodes"].items()}
             return cls(path, session, pids, nodes, is_restart=True)
-        journal = cls(path, session)
-        return journal
+        return cls(path, session)
 
     def write(self, pids: dict[int, int], nodes: dict[int, str]) -> None:
         """Record where the ranks are, before any of them trains."""
         self.pids, self.nodes = pids, nodes
-        write_atomically(self.path, json.dumps({"session": self.session, "pids": pids, "nodes": nodes}))
+        document = {"session": self.session, "coordinator_pid": os.getpid(), "pids": pids, "nodes": nodes}
+        write_atomically(self.path, json.dumps(document))
 
     def remove(self) -> None:
         """The session has ended."""

@@ -65,9 +65,20 @@ def train(
     else:
         progress.say(f"run {prepared.folder.run_id} in {prepared.folder.path}")
     code, reason = run_session(prepared, address, progress)
+    if code not in (0, 103):
+        _root_cause(prepared.folder)
     _summary(prepared.folder, reason, output)
     if code:
         sys.exit(code)
+
+
+def _root_cause(folder: Any) -> None:
+    """The traceback of the rank that broke the run, before everything else."""
+    from concertina.track.events import EventType, read_events
+
+    errors = [event for event in read_events(folder.events_file) if event.type == EventType.ERROR]
+    if errors and errors[-1].data.get("traceback"):
+        sys.stderr.write(f"\nrank {errors[-1].data['rank']}, log in {folder.logs}:\n{errors[-1].data['traceback']}\n")
 
 
 def _summary(folder: Any, reason: str, output: Output) -> None:
@@ -113,7 +124,7 @@ def _summary(folder: Any, reason: str, output: Output) -> None:
     ]
     if found.mlflow.uri:
         commands.append((f"mlflow ui --backend-store-uri {found.mlflow.uri}", "curves and comparisons"))
-    if progress.steps < (progress.target_steps or 0):
+    if found.checkpoints and progress.steps < (progress.target_steps or 0):
         commands.insert(0, (f"concertina train --resume {found.run_id}", "go on from the last checkpoint"))
     next_commands(commands)
 

@@ -73,8 +73,8 @@ def expected_rows(steps: int, checkpoint_every: int = 5) -> dict[tuple[str, int]
     return expected
 
 
-def the_run(client: MlflowClient, folder: RunFolder) -> Any:
-    """The MLflow run of a folder; fails when there is more than one."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+def the_run(client: MlflowClient, folder: RunFolder, experiment: str | None = None) -> Any:
+    """The MLflow run of a folder; fails when there is more than one in all experiments, or in the one named."""
+    experiments = [found.experiment_id for found in client.search_experiments() if experiment in (None, found.name)]
     (found,) = client.search_runs(experiments, f"tags.`concertina.run_id` = '{folder.run_id}'")
     return client.get_run(found.info.run_id)

@@ -21,6 +21,7 @@ class Server:
 
     def __init__(self, database: Path, folder: Path) -> None:
         self.port = free_port()
+        self.database = database
         self._log = (folder / "server.log").open("wb")
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]

@@ -109,3 +109,20 @@ def test_reconciling_a_storage_ends_the_lost_and_sends_the_rest(storage: Path) -
     assert summarize(lost).mlflow.behind_bytes == 0
     assert reconcile_all(storage) == {}
     assert reconcile(whole).complete
+
+
+def test_a_store_is_where_the_job_says_else_where_the_copy_is(storage: Path) -> None:
+    folder = make_run(storage)
+    default = f"sqlite:///{storage / 'mlflow.db'}"
+    assert store_of(folder) == (default, "concertina")
+    other = storage / "other.db"
+    folder.mlflow_file.write_text(
+        f'{{"offset": 0, "mlflow_run_id": "a", "experiment_id": "1", "uri": "sqlite:///{other}"}}'
+    )
+    assert store_of(folder)[0] == default
+    other.write_text("")
+    assert store_of(folder)[0] == f"sqlite:///{other}"
+    job = folder.job_document()
+    job["tracking"] |= {"tracking_uri": "http://tracking:5000", "experiment_name": "mine"}
+    folder.job_file.write_text(yaml.safe_dump(job))
+    assert store_of(folder) == ("http://tracking:5000", "mine")

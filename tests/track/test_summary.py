@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from concertina.errors import UserError
 from concertina.track.events import EventLog, EventType, last_event, read_events
 from concertina.track.owner import OwnerLock, probe
 from concertina.track.run import RunFolder
-from concertina.track.status import RESTART_GRACE, SILENCE, close_if_lost
+from concertina.track.status import RESTART_GRACE, SILENCE, close_if_lost, refuse_living
 from concertina.track.summary import RunStatus, summarize
 from tests.track.a_run import LAYOUT, end, make_run, start, train, whole_run
 
@@ -98,6 +100,9 @@ def test_a_living_run_is_running_and_left_alone(tmp_path: Path) -> None:
         found = summarize(folder)
         assert (found.outcome.status, found.outcome.state) == (RunStatus.RUNNING, "waiting_for_capacity")
         assert close_if_lost(folder, later(folder, timedelta(days=9))) is None
+        with pytest.raises(UserError, match=f"still being run by process {os.getpid()}"):
+            refuse_living(folder)
+    refuse_living(folder)
 
 
 def test_a_new_folder_waits_for_its_first_event(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class Copier:
         self._tags["concertina.last_event"] = _iso(event.ts_ns)
         if event.type in (EventType.CHECKPOINT, EventType.CHECKPOINT_REMOVED) and event.step is not None:
             self._flush(run)
-            self._take_checkpoint(run, event, event.step)
+            self._take_checkpoint(run, event, _step_of_folder(event, event.step))
         elif event.type in (EventType.START, EventType.STATE):
             self._flush(run)
             self._take_state(run, event)
@@ -165,6 +165,12 @@ class Copier:
         if self.state.offset != self._seen:
             self.state.offset = self._seen
             self.state.save(self.folder)
+
+
+def _step_of_folder(event: Event, step: int) -> int:
+    """The checkpoint an event is about: a removal is reported at the step of the one that replaced it."""
+    digits = str(event.data.get("path", "")).rpartition("step-")[2]
+    return int(digits) if digits.isdecimal() else step
 
 
 def unavailable() -> tuple[type[BaseException], ...]:

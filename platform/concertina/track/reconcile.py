@@ -57,12 +57,23 @@ def reconcile_all(storage: Path, timeout: timedelta = timedelta(minutes=2)) -> d
 
 
 def store_of(folder: RunFolder) -> tuple[str, str]:
-    """Tracking URI and experiment of a run: where its copy is, else where its job says."""
+    """Tracking URI and experiment of a run: where its job says, else where its copy is, else the default.
+
+    Raises ConfigError for a store we do not write to.
+    """
     tracking = folder.job_document().get("tracking") or {}
+    uri = tracking.get("tracking_uri") or _where_its_copy_is(folder)
+    return tracking_uri(uri, folder.storage), str(tracking.get("experiment_name", "concertina"))
+
+
+def _where_its_copy_is(folder: RunFolder) -> str | None:
+    """The stored URI, unless it lost a password on its way there, or names a database that has been moved away."""
     stored = summarize(folder).mlflow.uri
-    # A stored URI has lost its password; then the job file or the environment must give it again.
-    known = stored if stored and "***@" not in stored else tracking.get("tracking_uri")
-    return tracking_uri(known, folder.storage), str(tracking.get("experiment_name", "concertina"))
+    if stored is None or "***@" in stored:
+        return None
+    if stored.startswith("sqlite:///") and not Path(stored.removeprefix("sqlite:///")).exists():
+        return None
+    return stored
 
 
 def _needs_it(folder: RunFolder) -> bool:

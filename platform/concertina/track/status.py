@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
+from concertina.errors import UserError
 from concertina.track.events import Event, EventLog, EventType, read_events
-from concertina.track.owner import Busy
+from concertina.track.owner import Busy, probe
 from concertina.track.run import RunFolder
 from concertina.track.summary import RunStatus, RunSummary, summarize
 
-__all__ = ["RESTART_GRACE", "SILENCE", "close_if_lost", "lost_reason"]
+__all__ = ["RESTART_GRACE", "SILENCE", "close_if_lost", "lost_reason", "refuse_living"]
 
 RESTART_GRACE = timedelta(seconds=60)
 """With proof that the writer is gone: so long may its replacement take to come."""
@@ -66,6 +67,19 @@ def lost_reason(summary: RunSummary, now_ns: int) -> str | None:
     who = f"process {owner.pid} on {owner.host}" if owner else "the process that made it"
     proof = "is gone" if gone else "has been silent"
     return f"{who} {proof} without a word since step {summary.progress.steps}, {silent_s:.0f} s ago"
+
+
+def refuse_living(folder: RunFolder) -> None:
+    """Raises UserError when a process is running this run now: a resume would be its second writer."""
+    owner = probe(folder.owner_lock)
+    if owner is not None and owner.is_gone() is False:
+        raise UserError(
+            f"run {folder.run_id} is still being run by process {owner.pid} on {owner.host}: stop it first, "
+            "or wait for its end",
+            run_id=folder.run_id,
+            pid=owner.pid,
+            host=owner.host,
+        )
 
 
 def _first_line(error: Event) -> str:
