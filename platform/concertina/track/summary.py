@@ -114,7 +114,7 @@ class RunSummary:
 
 
 def summarize(folder: RunFolder) -> RunSummary:
-    """Read the whole event file (about 5 us a line) and the few small ones beside it."""
+    """Read the whole event file (about 10 us a line) and the few small ones beside it."""
     tally = _Tally()
     for event in read_events(folder.events_file):
         tally.add(event)
