@@ -114,7 +114,7 @@ def _form(name: str, ranks: tuple[int, ...], rank: int, store: dist.Store, optio
 
 
 def _make_gloo(store: dist.Store, rank: int, size: int, options: GroupOptions) -> Any:
-    settings = dist.ProcessGroupGloo._Options()
+    settings = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     settings._timeout = options.timeout
     settings._devices = [dist.ProcessGroupGloo.create_device(hostname=options.hostname, lazy_init=False)]
     return dist.ProcessGroupGloo(store, rank, size, settings)

@@ -31,7 +31,7 @@ class BoxedTensor(torch.Tensor):
         return outer
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise TypeError(f"a BoxedTensor only goes in and out of checkpoints; {func} was called on it")
