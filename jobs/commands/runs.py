@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["runs"]
 
 DEFAULT_STORAGE = "runs"
+TRACEBACK_LINES = 20
 SYNC_TIMEOUT = timedelta(minutes=2)
 LIST_COLUMNS = ("run_id", "status", "steps", "train_loss", "val_loss", "tokens", "tokens_per_s", "seconds", "world")
 STEP_COLUMNS = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "step_s", "imbalance")
@@ -104,13 +105,19 @@ def show_command(
         return
     sys.stdout.write("".join(f"{line}\n" for line in lines(folder, summary, time.time_ns())))
     _print_events(folder, num_events)
-    next_commands(_next(summary, _where(storage)))
+    _print_traceback(folder, summary)
+    next_commands(_next(folder, summary, _where(storage)))
 
 
 def _sync(folder: RunFolder) -> None:
     from concertina.track.reconcile import reconcile
+    from concertina.track.status import RESTART_GRACE
+    from concertina.track.summary import RunStatus, summarize
 
     done = reconcile(folder, SYNC_TIMEOUT)
+    if summarize(folder).outcome.status is RunStatus.LOST:
+        grace_s = RESTART_GRACE.total_seconds()
+        sys.stderr.write(f"not ended yet: its coordinator may restart within {grace_s:.0f} s; then try again\n")
     if done.closed is not None:
         sys.stderr.write(f"wrote its end: {done.closed}\n")
     sys.stderr.write("MLflow has every event\n" if done.complete else f"MLflow has not every event: {done.note}\n")
@@ -159,11 +166,25 @@ def _print_events(folder: RunFolder, count: int) -> None:
         label = ""
 
 
+def _print_traceback(folder: RunFolder, summary: RunSummary) -> None:
+    """Of a failed run: where the rank to blame was."""
+    from concertina.track.events import EventType, read_events
+    from concertina.track.summary import RunStatus
+
+    if summary.outcome.status is not RunStatus.FAILED:
+        return
+    errors = [event for event in read_events(folder.events_file) if event.type == EventType.ERROR]
+    text = str(errors[-1].data.get("traceback") or "") if errors else ""
+    for number, line in enumerate(text.rstrip().splitlines()[-TRACEBACK_LINES:]):
+        label = "" if number else "traceback"
+        sys.stdout.write(f"  {label:<12} {line}\n")
+
+
 def _plain(event: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(event).items() if key != "end_offset"}
 
 
-def _next(summary: RunSummary, where: str) -> list[tuple[str, str]]:
+def _next(folder: RunFolder, summary: RunSummary, where: str) -> list[tuple[str, str]]:
     """What one would type now, by how the run stands."""
     from concertina.track.summary import RunStatus
 
@@ -173,12 +194,19 @@ def _next(summary: RunSummary, where: str) -> list[tuple[str, str]]:
     if summary.outcome.status is RunStatus.LOST or (summary.outcome.status.is_final and summary.mlflow.behind_bytes):
         commands.append((f"concertina runs show {name}{where} --sync", "write its end, and send MLflow the rest"))
     if summary.outcome.status in (RunStatus.FAILED, RunStatus.STOPPED, RunStatus.KILLED, RunStatus.LOST):
-        commands.append((f"concertina train --resume {name}{where}", "go on from its last checkpoint"))
+        if summary.checkpoints:
+            commands.append((f"concertina train --resume {name}{where}", "go on from its last checkpoint"))
+        else:
+            commands.append((f"concertina train {_short(folder.job_file)}", "the same job again, from the start"))
     if summary.checkpoints:
         commands.append((f"concertina ckpt verify {name}{where}", "compare its checkpoints with their checksums"))
     if summary.outcome.status.is_final:
         commands.append((f"concertina runs show {name}{where} -o csv", "every step, to plot"))
     return commands or [again]
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _where(storage: Path) -> str:

@@ -29,6 +29,7 @@ def concertina(*words: str) -> int:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = make_run(tmp_path / "runs", steps=12)
     whole_run(folder, 12)
     return folder
@@ -109,7 +110,27 @@ def test_a_lost_run_says_so_and_what_to_type(run: RunFolder, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert f"{folder.run_id}  lost: process " in out
     assert f"concertina runs show {folder.run_id} --storage {run.storage} --sync" in out
-    assert f"concertina train --resume {folder.run_id}" in out
+    assert f"concertina train runs/{folder.run_id}/job.yaml" in out
+    assert concertina("runs", "show", "lost", "--sync") == 0
+    assert "its coordinator may restart within 60 s" in capsys.readouterr().err
+
+
+def test_a_failed_run_shows_where_and_how_to_go_on(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(run.storage, "broken")
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        train(log, 1, 3)
+        trace = "Traceback (most recent call last):\n  File x\nZeroDivisionError: division by zero"
+        log.append("error", {"message": "rank 2: division by zero", "rank": 2, "traceback": trace})
+        end(log, "failed", "rank 2: division by zero")
+    (folder.checkpoints / "step-00000003").mkdir()
+    (folder.checkpoints / "step-00000003" / "manifest.json").write_text('{"step": 3, "files": {}}')
+    assert concertina("runs", "show", "broken") == 0
+    out = capsys.readouterr().out
+    assert "failed: rank 2: division by zero" in out
+    assert "  traceback    Traceback (most recent call last):\n" in out
+    assert "ZeroDivisionError: division by zero\n\nnext:" in out
+    assert f"concertina train --resume {folder.run_id} " in out
 
 
 def test_sync_sends_mlflow_the_rest(
