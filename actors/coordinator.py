@@ -39,6 +39,8 @@ __all__ = ["Coordinator", "Status"]
 
 log = logging.getLogger("concertina.coordinator")
 
+LEASE_EVERY_S = 5.0  # a tenth of what agents grant
+
 
 @dataclass(frozen=True)
 class Status:
@@ -75,7 +77,7 @@ class Coordinator:
         self._waiting = ""
         self._exit_code = 1
         self._over = False
-        self._polled = time.monotonic()
+        self._polled = self._renewed = time.monotonic()
         self._trouble_since: float | None = None
         self._store: Any = None
         threading.Thread(target=self._run, name="coordinator", daemon=True).start()
@@ -133,7 +135,9 @@ class Coordinator:
                 self._queue.get_nowait()()
         except queue.Empty:
             pass
-        self.hands.renew_leases()
+        if time.monotonic() - self._renewed > LEASE_EVERY_S:
+            self._renewed = time.monotonic()
+            self.hands.renew_leases()
         if time.monotonic() - self._polled > BOUNDS["driver_silence"].seconds:
             self._stop("the driver is gone", now=False)
         self._look_for_trouble()

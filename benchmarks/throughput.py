@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.contestants import CONTESTANTS, SHAPE
+from benchmarks.ranks import JOB, measure_ranks, rows_of_ranks
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
 from concertina.errors import UserError
 
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default 1 2)")
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), help="contestants (default: all)")
+    parser.add_argument("--ranks-rounds", type=int, default=5, help="rounds of Ray against torchrun (0: leave it out)")
     parser.add_argument("--allow-dirty", action="store_true", help="a trial: measure uncommitted code")
     options = parser.parse_args(arguments)
     try:
@@ -138,10 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows: list[Row] = []
         for threads in options.threads:
             rows += rows_of(threads, measure(threads, options.rounds, options.only))
+        if options.ranks_rounds:
+            rows += rows_of_ranks(measure_ranks(options.ranks_rounds))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    write_result(options.output, {**asdict(SHAPE), "rounds": options.rounds, "threads": options.threads}, rows)
+    config = {**asdict(SHAPE), "rounds": options.rounds, "threads": options.threads}
+    write_result(options.output, {**config, "ranks_rounds": options.ranks_rounds, "ranks_job": JOB.name}, rows)
     print(show(rows))
     return 0
 

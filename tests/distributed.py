@@ -1,4 +1,4 @@
-"""How does a test run a function on several ranks? `run_distributed(fn, world)`: forked from one process that has torch.
+"""How does a test run a function on several ranks? `run_distributed(fn, world)`: forked from one that has torch.
 
 `fn(rank, store, *args)` must be a module-level function; its results come back in rank order, and the first failing
 rank's traceback is what the test sees.
