@@ -6,8 +6,15 @@ import torch.distributed as dist
 
 __all__ = ["is_communication_failure"]
 
-# Gloo raises plain RuntimeErrors; these are the only marks its messages share (gloo/transport/tcp).
-_MARKS = ("gloo", "onnection closed by peer", "onnection reset by peer", "pair closure", "Broken pipe")
+# Gloo raises plain RuntimeErrors; these are the only marks its messages share: its own source files, a socket's end.
+_MARKS = (
+    "gloo/transport/",
+    "gloo/rendezvous/",
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "pair closure",
+    "Broken pipe",
+)
 
 
 def is_communication_failure(error: BaseException) -> bool:
