@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from actors.agent import NodeAgent
 from actors.rank import Rank
+from concertina.elastic.blame import KILLED_FOR_MEMORY
 from concertina.elastic.placement import NodeCapacity, Placement
 from concertina.elastic.waits import BOUNDS
 
@@ -181,7 +182,7 @@ def _cause(text: str) -> str:
     """The telling part of Ray's page about a dead actor."""
     for mark in ("out of memory", "memory pressure"):
         if mark in text.lower():
-            return "killed for memory"
+            return KILLED_FOR_MEMORY
     for line in text.splitlines():
         if "exit detail" in line.lower() or "SIGKILL" in line:
             return "its process was killed (SIGKILL, out of memory, or a crash)"

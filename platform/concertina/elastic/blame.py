@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from concertina.elastic.messages import RankError
 
-__all__ = ["Blame", "find_blame"]
+__all__ = ["KILLED_FOR_MEMORY", "Blame", "find_blame"]
+
+KILLED_FOR_MEMORY = "killed for memory"
+"""How the reason of a loss begins where memory is known to be the cause, and not one of several that may be."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def find_blame(errors: list[RankError], lost: dict[int, str]) -> Blame | None:
     if silent:
         rank = silent[0]
         why = lost[rank]
-        reason = "out_of_memory" if "memory" in why.lower() else "killed"
+        reason = "out_of_memory" if why.startswith(KILLED_FOR_MEMORY) else "killed"
         return Blame(rank, reason, f"died: {why}", "")
     if errors:
         first = errors[0]

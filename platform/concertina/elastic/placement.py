@@ -52,9 +52,10 @@ class Shortage:
 
     def __str__(self) -> str:
         what = f"{self.gpus:g} GPU and {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
-        text = f"waiting for {self.wanted} workers of {what} each: {self.free} fit now on {self.num_nodes} nodes"
+        nodes, these = ("node", "this node") if self.num_nodes == 1 else ("nodes", "these nodes")
+        text = f"waiting for {self.wanted} workers of {what} each: {self.free} fit now on {self.num_nodes} {nodes}"
         if self.possible < self.wanted:
-            text += f", {self.possible} at most on these nodes: add nodes or lower cluster.num_workers"
+            text += f", {self.possible} at most on {these}: add nodes or lower cluster.num_workers"
         return text
 
 
