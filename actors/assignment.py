@@ -27,6 +27,7 @@ class RunPlan:
     device: str
     session: str
     token: str
+    generation: int = 0
     resume_from: Path | None = None
     resume_step: int = 0
 

@@ -30,6 +30,7 @@ from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
 from concertina.parallel.groups import make_store
 from concertina.state.manifest import discard_after
+from concertina.state.manifest import discard_partials
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_sink import MlflowSink
 from concertina.track.reconcile import store_of
@@ -61,7 +62,7 @@ class Coordinator:
         self.plan = plan
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.journal = Journal.open(plan.folder / "journal.json", plan.session)
-        generation = 0
+        generation = plan.generation
         self.events = EventLog(plan.folder / "events.jsonl", plan.run_id)
         folder = RunFolder(plan.folder)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
@@ -69,6 +70,7 @@ class Coordinator:
         if not self.journal.is_restart:
             discard_after(plan.checkpoints, plan.resume_step)
             self._record_start()
+            discard_partials(plan.checkpoints)
             self.journal.write({}, {})
         self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, keep)
         self.address = ray.util.get_node_ip_address()
@@ -147,7 +149,7 @@ class Coordinator:
         degrees = {"world": plan.layout.world, "ep": plan.layout.ep, "dp": plan.layout.dp, "edp": plan.layout.edp}
         resumed = plan.resume_step if plan.resume_from is not None else None
         data = {"world": plan.layout.world, "layout": degrees, "resumed_from_step": resumed, "session": plan.session}
-        self.events.append(EventType.START, data)
+        self.events.append(EventType.START, data, generation=plan.generation)
 
     def _begin(self) -> None:
         self._wait_for_room()
@@ -164,7 +166,7 @@ class Coordinator:
         store = (self.address, listener.getsockname()[1])
         self._store = make_store(self.address, listener.detach(), BOUNDS["collective"].timedelta)
         for rank, member in self.hands.members.items():
-            member.actor.train.remote(Assignment(self.plan, 0, rank, store, self.server.address))
+            member.actor.train.remote(Assignment(self.plan, self.plan.generation, rank, store, self.server.address))
 
     def _wait_for_room(self) -> None:
         """Until the ranks have been placed or somebody stops the run. Raises CapacityError after the job's bound."""

@@ -31,7 +31,10 @@ class ClusterAccess:
         if self.token_path is not None:
             self._prepare_own()
         import ray
+        from ray._private import worker
 
+        # Even without logs Ray prints "(raylet) A worker died" to stdout, which holds our own output and nothing else.
+        worker._worker_logs_enabled = False
         ray.init(
             address=self.address,
             namespace=namespace,

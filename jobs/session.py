@@ -21,6 +21,7 @@ from concertina.config import Job
 from concertina.errors import CheckpointError, ConcertinaError, DataError, NotFoundError, UserError
 from concertina.layout import Axis, Layout
 from concertina.track.run import DataFacts, RunFolder, create_run
+from concertina.track.summary import summarize
 from jobs.progress import Progress
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Prepared:
     corpus: Path
     resume_from: Path | None = None
     resume_step: int = 0
+    generation: int = 0
 
 
 def prepare_new(job: Job, layout: Layout) -> Prepared:
@@ -75,7 +77,8 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout) -> Prepared:
             f"give it more with --set training.steps={step * 2}"
         )
     folder.write_job(job)
-    return Prepared(job, layout, folder, corpus, chosen, step)
+    generation = summarize(folder).shape.generation + 1
+    return Prepared(job, layout, folder, corpus, chosen, step, generation)
 
 
 def _newest_sound(checkpoints: list[Path]) -> Path:
@@ -190,6 +193,7 @@ def _plan(prepared: Prepared) -> RunPlan:
         device=device,
         session=secrets.token_hex(4),
         token=secrets.token_hex(32),
+        generation=prepared.generation,
         resume_from=prepared.resume_from,
         resume_step=prepared.resume_step,
     )

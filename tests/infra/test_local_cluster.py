@@ -27,6 +27,14 @@ def _states() -> list[float | None]:
     return [path.stat().st_mtime if path.exists() else None for path in USERS_FILES]
 
 
+def _shared_memory(process: psutil.Process) -> set[str]:
+    try:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    return {word for word in maps.split() if word.startswith("/dev/shm/")}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster.start(num_nodes=2, cpus_per_node=1, resources=[{"a": 1}, {"b": 2}], dashboard=True) as started:
@@ -59,6 +67,19 @@ def test_every_socket_is_on_loopback(cluster: LocalCluster) -> None:
     assert beyond_loopback(found) == {}
 
 
+def test_ray_prints_nothing_into_our_output(cluster: LocalCluster, capfd: pytest.CaptureFixture[str]) -> None:
+    actor = ray.remote(Place).options(num_cpus=0).remote()
+    pid, _ = ray.get(actor.where.remote())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.where.remote())
+    errors = ray._private.worker.global_worker.gcs_error_subscriber
+    assert errors is not None  # Ray would have told us there; it prints in the background
+    actor = ray.remote(Place).options(num_cpus=0).remote()
+    ray.get(actor.where.remote())
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_token_is_wanted(cluster: LocalCluster) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     asked = "import ray._private.ray_constants as c; c.ENABLE_RAY_CLUSTER = False; import ray; ray.init(address={!r})"
@@ -79,13 +100,15 @@ def test_another_process_finds_it_with_its_token(cluster: LocalCluster) -> None:
 
 
 def test_stop_leaves_nothing() -> None:
-    before, shared = _states(), set(os.listdir("/dev/shm"))
+    before = _states()
     cluster = LocalCluster.start(num_nodes=2, cpus_per_node=1)
     folder, processes = cluster.session_dir.parent, tree(cluster.keeper_pid)
     assert len(processes) >= 8
-    assert set(os.listdir("/dev/shm")) == shared
+    shared = {path for process in processes for path in _shared_memory(process)}
+    assert shared  # the object stores; their files are unlinked while they are mapped
     cluster.stop()
     cluster.stop()
+    assert [path for path in shared if os.path.exists(path)] == []
     assert [process for process in processes if process.is_running()] == []
     assert not folder.exists()
     assert _states() == before

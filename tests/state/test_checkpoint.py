@@ -16,6 +16,7 @@ from concertina.state.checkpoint import load_boxes, write_part
 from concertina.state.manifest import (
     checkpoint_folder,
     commit,
+    discard_partials,
     list_checkpoints,
     partial_folder,
     prune,
@@ -129,3 +130,11 @@ def test_the_same_step_twice_keeps_the_first(tmp_path: Path) -> None:
     save(tmp_path, 2)
     save(tmp_path, 2, generation=1)
     assert read_manifest(checkpoint_folder(tmp_path, 10)).generation == 0
+
+
+def test_what_an_earlier_generation_left_half_is_discarded(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    write_part(partial_folder(tmp_path, 20, 0), pieces(tensors(), 2, 0), rank=0, world=2, generation=0)
+    discard_partials(tmp_path)
+    assert not partial_folder(tmp_path, 20, 0).exists()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000010"]

@@ -73,11 +73,11 @@ class _Attend(torch.autograd.Function):
             q_MQC, p_MQJ, o_MQC = kept[3 * number : 3 * number + 3]
             rows, scale = stop - start, c**-0.5
             do_MQC = grads[0][:, start:stop].permute(0, 2, 3, 1, 4).reshape(b * n, g * rows, c)
-            dv_MSC[:, :stop].baddbmm_(p_MQJ.transpose(1, 2), do_MQC)
+            dv_MSC[:, :stop].add_(torch.bmm(p_MQJ.transpose(1, 2), do_MQC))
             ds_MQJ = torch.bmm(do_MQC, v_MSC[:, :stop].transpose(1, 2))
             # Gradient of the softmax: p * (dp - sum(p * dp)), and that sum is do . o.
             ds_MQJ.sub_(torch.linalg.vecdot(do_MQC, o_MQC).unsqueeze(-1)).mul_(p_MQJ)
-            dk_MSC[:, :stop].baddbmm_(ds_MQJ.transpose(1, 2), q_MQC)
+            dk_MSC[:, :stop].add_(torch.bmm(ds_MQJ.transpose(1, 2), q_MQC))
             dq_MQC = torch.bmm(ds_MQJ, k_MSC[:, :stop]).view(b, n, g, rows, c)
             back = dq[:, start:stop].permute(0, 2, 3, 1, 4)
             _turn(dq_MQC, cos[start:stop] * scale, sin[start:stop] * -scale, back)

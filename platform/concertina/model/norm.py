@@ -20,7 +20,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x_D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         wide = torch.promote_types(x_D.dtype, torch.float32)
         x = x_D.to(wide)
-        scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + epsilon).rsqrt_().unsqueeze(-1)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, scale)
         return (x * scale).mul_(weight_D).to(x_D.dtype)
 
@@ -28,11 +29,13 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x_D, weight_D, scale = ctx.saved_tensors
         dy = grads[0].to(scale.dtype)
+        weight = weight_D.to(scale.dtype)
         normed = x_D.to(scale.dtype) * scale
-        dweight = (dy * normed).flatten(0, -2).sum(0)
-        dx = dy * weight_D
-        along = torch.linalg.vecdot(dx, normed).div_(-x_D.shape[-1]).unsqueeze(-1)
-        dx.addcmul_(normed, along).mul_(scale)
+        product = dy * normed
+        dweight = product.flatten(0, -2).sum(0)
+        # What of the gradient points along the row itself: it changes the length, which the norm takes away again.
+        along = torch.matmul(product, weight).div_(-x_D.shape[-1]).unsqueeze(-1)
+        dx = torch.mul(dy, weight, out=product).addcmul_(normed, along).mul_(scale)
         return dx.to(x_D.dtype), dweight.to(weight_D.dtype), None
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Part",
     "checkpoint_folder",
     "commit",
+    "discard_partials",
     "discard_after",
     "list_checkpoints",
     "partial_folder",
@@ -193,6 +194,12 @@ def verify(folder: Path) -> Manifest:
         if _sha256(path) != record.sha256:
             raise CheckpointError(f"{path}: sha256 differs from the manifest's", file=name)
     return manifest
+
+
+def discard_partials(root: Path) -> None:
+    """Remove what earlier generations began and never completed; before the first rank of a new one writes."""
+    for folder in root.glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> list[Path]:
