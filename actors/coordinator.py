@@ -29,8 +29,7 @@ from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
 from concertina.parallel.groups import make_store
-from concertina.state.manifest import discard_after
-from concertina.state.manifest import discard_partials
+from concertina.state.manifest import discard_after, discard_partials
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_sink import MlflowSink
 from concertina.track.reconcile import store_of
