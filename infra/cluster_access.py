@@ -34,7 +34,7 @@ class ClusterAccess:
         from ray._private import worker
 
         # Even without logs Ray prints "(raylet) A worker died" to stdout, which holds our own output and nothing else.
-        worker._worker_logs_enabled = True
+        worker._worker_logs_enabled = False
         ray.init(
             address=self.address,
             namespace=namespace,
