@@ -113,8 +113,14 @@ class Loop:
         if self.first:
             self.link.send(Committed(committed.step, {**committed.metrics(), "step_s": seconds}))
 
+    def _commit_now(self) -> None:
+        """Ask the world at once rather than with the next step. Collective over the world."""
+        if self._waiting is not None and self.engine.confirm():
+            self._report_committed()
+
     def _evaluate(self, step: int) -> None:
         self.link.progress(step, "validation")
+        self._commit_now()
         loss = self.engine.evaluate()
         if self.first:
             self.link.send(Evaluated(step, loss))
@@ -122,6 +128,7 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self.link.progress(step, "checkpoint")
+        self._commit_now()
         self.saver.wait()
         self.last_facts = self.engine.facts()
         self.saver.start(step, self.engine.state())
@@ -134,8 +141,7 @@ class Loop:
     def _finish(self) -> None:
         """Commit the last step and leave a checkpoint of it."""
         step = self.engine.applied
-        if self.engine.confirm() and self._waiting is not None:
-            self._report_committed()
+        self._commit_now()
         if self.saved != step and step > 0:
             self._save(step)
         self.link.progress(step, "last checkpoint")
