@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 LOOPBACK = "127.0.0.1"
-FOLDER_PREFIX = "concertina-"
+FOLDER_PREFIX = "concertina-ray-"
 TOKEN_FILE = "auth_token"
 CLUSTER_FILE = "cluster.json"
 

@@ -31,7 +31,7 @@ from infra.processes import is_alive, start_time
 
 __all__ = ["LocalCluster"]
 
-_ROOT_LIMIT_CHARS = 60  # "/concertina-xxxxxxxx/session/sockets/plasma_store.99" must fit into a socket's 107
+_ROOT_LIMIT_CHARS = 45  # + "/concertina-ray-xxxxxxxx/session/sockets/dash_MetricsHead" must fit into a socket's 107
 _UNBORN_S = 600.0  # a folder without a cluster file may still be starting; after this it is not
 
 
@@ -130,8 +130,8 @@ def _checked_root(temp_root: Path | None) -> Path:
 
 def _sweep(root: Path) -> None:
     """Remove what keepers left that were killed with SIGKILL (their processes died with them)."""
-    for folder in root.glob(f"{FOLDER_PREFIX}*"):
-        file = folder / CLUSTER_FILE
+    for token in root.glob(f"{FOLDER_PREFIX}*/{TOKEN_FILE}"):
+        folder, file = token.parent, token.with_name(CLUSTER_FILE)
         with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
             if file.exists():
                 report = KeeperReport.from_json(file.read_text())

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from infra import LocalCluster
-from infra.keeper_spec import CLUSTER_FILE, FOLDER_PREFIX, KeeperReport
+from infra.keeper_spec import CLUSTER_FILE, FOLDER_PREFIX, TOKEN_FILE, KeeperReport
 from tests.infra.sockets import tree
 from tests.waiting import wait_until
 
@@ -88,14 +88,15 @@ def test_killed_keeper_leaves_nothing(until: Path, which: str) -> None:
 
 def test_a_folder_nobody_keeps_is_swept(tmp_path: Path) -> None:
     root = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
-    stale = root / f"{FOLDER_PREFIX}stale"
-    stale.mkdir()
+    stale, young, foreign = (root / f"{FOLDER_PREFIX}{name}" for name in ("stale", "young", "foreign"))
+    for folder in (stale, young, foreign):
+        folder.mkdir()
+    for folder in (stale, young):
+        (folder / TOKEN_FILE).touch()
     long_gone = KeeperReport(keeper_pid=os.getpid(), keeper_started_s=1.0)
     (stale / CLUSTER_FILE).write_text(long_gone.to_json())
-    young = root / f"{FOLDER_PREFIX}young"
-    young.mkdir()
     LocalCluster.start(num_nodes=1, cpus_per_node=1, temp_root=root).stop()
-    assert os.listdir(root) == [young.name]
+    assert set(os.listdir(root)) == {young.name, foreign.name}
     shutil.rmtree(root)
 
 

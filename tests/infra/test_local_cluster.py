@@ -121,7 +121,7 @@ def test_a_signal_ends_it(tmp_path: Path) -> None:
 
 
 def test_a_long_temporary_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="leave room for 60: set TMPDIR"):
+    with pytest.raises(UserError, match="leave room for 45: set TMPDIR"):
         LocalCluster.start(temp_root=tmp_path / ("x" * 60))
 
 
