@@ -25,7 +25,7 @@ from concertina.elastic.messages import (
 )
 from concertina.elastic.states import RunEvent, RunState, transition
 from concertina.errors import CheckpointError
-from concertina.state.manifest import checkpoint_folder, commit, prune
+from concertina.state.manifest import Manifest, checkpoint_folder, commit, list_checkpoints, prune, read_manifest
 from concertina.track.events import EventLog, EventType, read_events
 
 __all__ = ["Book"]
@@ -60,6 +60,7 @@ class Book:
             Finished: self._on_finished,
             RankError: self.errors.append,
         }
+        self._tell_untold()
 
     def event(self, kind: EventType, step: int | None = None, /, **data: Any) -> None:
         """Append one event of this generation."""
@@ -89,6 +90,19 @@ class Book:
     def all_finished(self) -> bool:
         return len(self.finished) == self.world
 
+    def _tell_checkpoint(self, manifest: Manifest) -> None:
+        self._written[EventType.CHECKPOINT] = manifest.step
+        path = f"checkpoints/{checkpoint_folder(self.checkpoints, manifest.step).name}"
+        facts = {key: manifest.facts[key] for key in ("tokens", "layout") if key in manifest.facts}
+        self.event(EventType.CHECKPOINT, manifest.step, path=path, bytes=manifest.bytes, **facts)
+
+    def _tell_untold(self) -> None:
+        """Checkpoints that were completed by a coordinator which died before it said so, or by ranks that had none."""
+        told = {event.data.get("path") for event in read_events(self.log.path) if event.type == EventType.CHECKPOINT}
+        for folder in list_checkpoints(self.checkpoints):
+            if f"checkpoints/{folder.name}" not in told:
+                self._tell_checkpoint(read_manifest(folder))
+
     # -- one handler a message ------------------------------------------------------------------------------------
 
     def _on_started(self, message: Started) -> None:
@@ -116,10 +130,7 @@ class Book:
             return
         if manifest is None or message.step == self._written.get(EventType.CHECKPOINT):
             return
-        self._written[EventType.CHECKPOINT] = message.step
-        folder = checkpoint_folder(self.checkpoints, message.step)
-        facts = {key: message.facts[key] for key in ("tokens", "layout") if key in message.facts}
-        self.event(EventType.CHECKPOINT, message.step, path=f"checkpoints/{folder.name}", bytes=manifest.bytes, **facts)
+        self._tell_checkpoint(manifest)
         for gone in prune(self.checkpoints, self.keep):
             self.event(EventType.CHECKPOINT_REMOVED, message.step, path=f"checkpoints/{gone.name}")
 

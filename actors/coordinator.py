@@ -29,7 +29,7 @@ from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
 from concertina.parallel.groups import make_store
-from concertina.state.manifest import discard_after, discard_partials
+from concertina.state.manifest import discard_after
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_sink import MlflowSink
 from concertina.track.reconcile import store_of
@@ -69,7 +69,6 @@ class Coordinator:
         if not self.journal.is_restart:
             discard_after(plan.checkpoints, plan.resume_step)
             self._record_start()
-            discard_partials(plan.checkpoints)
             self.journal.write({}, {})
         self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, keep)
         self.address = ray.util.get_node_ip_address()

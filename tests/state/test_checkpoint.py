@@ -16,7 +16,7 @@ from concertina.state.checkpoint import load_boxes, write_part
 from concertina.state.manifest import (
     checkpoint_folder,
     commit,
-    discard_partials,
+    discard_after,
     list_checkpoints,
     partial_folder,
     prune,
@@ -135,6 +135,6 @@ def test_the_same_step_twice_keeps_the_first(tmp_path: Path) -> None:
 def test_what_an_earlier_generation_left_half_is_discarded(tmp_path: Path) -> None:
     save(tmp_path, 2)
     write_part(partial_folder(tmp_path, 20, 0), pieces(tensors(), 2, 0), rank=0, world=2, generation=0)
-    discard_partials(tmp_path)
+    discard_after(tmp_path, 10)
     assert not partial_folder(tmp_path, 20, 0).exists()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000010"]

@@ -29,7 +29,6 @@ __all__ = [
     "checkpoint_folder",
     "commit",
     "discard_after",
-    "discard_partials",
     "list_checkpoints",
     "partial_folder",
     "prune",
@@ -194,12 +193,6 @@ def verify(folder: Path) -> Manifest:
         if _sha256(path) != record.sha256:
             raise CheckpointError(f"{path}: sha256 differs from the manifest's", file=name)
     return manifest
-
-
-def discard_partials(root: Path) -> None:
-    """Remove what earlier generations began and never completed; before the first rank of a new one writes."""
-    for folder in root.glob(".step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> list[Path]:
