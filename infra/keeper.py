@@ -134,7 +134,9 @@ def _keep(spec: KeeperSpec, watch: Watch, guard: int) -> None:
         return
     report = KeeperReport(nodes.address, str(nodes.session_dir), nodes.dashboard_url, guard, started)
     nodes.let_go()
-    Path(spec.temp_dir, CLUSTER_FILE).write_text(report.to_json())
+    unseen = Path(spec.temp_dir, "cluster.new")
+    unseen.write_text(report.to_json())
+    unseen.rename(unseen.with_name(CLUSTER_FILE))  # others read it: whole or absent
     _tell(report)
     why = None
     while why is None:
