@@ -101,11 +101,18 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End every process and remove the folder; actors get no time, so end them first. Safe to call twice."""
-        if self._keeper.poll() is None:
+        pipe = self._keeper.stdin
+        if pipe is None or pipe.closed:
+            self._keeper.terminate()  # let go before: it may still be waiting for actors
+        else:
             with contextlib.suppress(BrokenPipeError):
-                assert self._keeper.stdin is not None
-                os.write(self._keeper.stdin.fileno(), b"stop\n")  # unbuffered: nothing is left to fail at closing
+                os.write(pipe.fileno(), b"stop\n")  # unbuffered: nothing is left to fail at closing
         _await_end(self._keeper)
+
+    def let_go(self) -> None:
+        """As if this driver were gone: actors of ours finish first, then the keeper ends all. Does not wait."""
+        if self._keeper.stdin is not None:
+            self._keeper.stdin.close()
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -113,7 +120,11 @@ class LocalCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        """An error leaves the run's outcome to its coordinator, which needs the cluster a little longer."""
+        if error is None:
+            self.stop()
+        else:
+            self.let_go()
 
 
 def _checked_root(temp_root: Path | None) -> Path:

@@ -120,6 +120,20 @@ def test_a_signal_ends_it(tmp_path: Path) -> None:
     assert not cluster.session_dir.parent.exists()
 
 
+def test_an_error_in_the_driver_leaves_the_end_to_the_keeper() -> None:
+    def fail(cluster: LocalCluster) -> None:
+        with cluster:
+            raise RuntimeError("a bug in the driver")
+
+    cluster = LocalCluster.start(num_nodes=1, cpus_per_node=1)
+    processes = tree(cluster.keeper_pid)
+    with pytest.raises(RuntimeError, match="a bug"):
+        fail(cluster)
+    wait_until(lambda: not any(process.is_running() for process in processes[1:]))
+    cluster.stop()
+    assert not cluster.session_dir.parent.exists()
+
+
 def test_a_long_temporary_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leave room for 45: set TMPDIR"):
         LocalCluster.start(temp_root=tmp_path / ("x" * 60))
