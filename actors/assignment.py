@@ -43,10 +43,9 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A rank's place in one generation. `store` and `channel` are (address, port) on the coordinator's node."""
+    """A rank's place in one generation, known before its process starts. `channel` is where the coordinator listens."""
 
     plan: RunPlan
     generation: int
     rank: int
-    store: tuple[str, int]
     channel: tuple[str, int]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actors.last_session import read_last_session
 from concertina.elastic.blame import Blame, find_blame
 from concertina.elastic.messages import (
     AnomalySeen,
@@ -23,7 +24,7 @@ from concertina.elastic.messages import (
     RolledBack,
     Started,
 )
-from concertina.elastic.states import RunEvent, RunState, transition
+from concertina.elastic.states import RunEvent, transition
 from concertina.errors import CheckpointError
 from concertina.state.manifest import Manifest, checkpoint_folder, commit, list_checkpoints, prune, read_manifest
 from concertina.track.events import EventLog, EventType, read_events
@@ -41,11 +42,11 @@ class Book:
         self._mutex = threading.RLock()
         self.log, self.checkpoints = log, checkpoints
         self.world, self.generation, self.keep = world, generation, keep
-        self.state = RunState.WAITING_FOR_CAPACITY
-        self.reason = ""
-        self._written = _written_in_session(log.path)
+        past = read_last_session(log.path)
+        self.state, self.reason, self._exit_code = past.state, past.reason, past.exit_code
+        self._written = past.written
         self.step = self._written.get(EventType.STEP, 0)
-        self.stop_reason = "asked to stop"
+        self.stop_reason = past.reason or "asked to stop"
         self.started: set[int] = set()
         self.finished: dict[int, Finished] = {}
         self.errors: list[RankError] = []
@@ -73,6 +74,7 @@ class Book:
             if state is self.state:
                 return
             self.state, self.reason = state, reason
+            self._exit_code = data.get("exit_code")
             self.event(EventType.STATE, self.step, state=state.value, reason=reason, **data)
 
     def record(self, message: Message) -> None:
@@ -85,6 +87,11 @@ class Book:
         with self._mutex:
             lost = {rank: why for rank, why in self.lost.items() if rank not in self.finished}
             return find_blame(self.errors, lost)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command that waits for the run: its failure's, if that has one, else its state's."""
+        return self.state.exit_code if self._exit_code is None else self._exit_code
 
     @property
     def all_finished(self) -> bool:
@@ -125,7 +132,7 @@ class Book:
     def _on_part(self, message: PartWritten) -> None:
         try:
             manifest = commit(self.checkpoints, message.step, self.generation, message.facts)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             self.event(EventType.ERROR, message.step, message=str(error), rank=message.rank, traceback="")
             return
         if manifest is None or message.step == self._written.get(EventType.CHECKPOINT):
@@ -152,17 +159,3 @@ class Book:
             self.move(RunEvent.LEFT, self.stop_reason)
         else:
             self.move(RunEvent.FAILURE, f"the anomaly policy stopped the run at step {message.step}")
-
-
-def _written_in_session(path: Path) -> dict[str, int]:
-    """Newest step recorded since the session began or last rolled back, by event type."""
-    last: dict[str, int] = {}
-    for event in read_events(path):
-        if event.type == EventType.START:
-            from_step = int(event.data.get("resumed_from_step") or 0)
-            last = {EventType.STEP: from_step, EventType.EVAL: from_step}
-        elif event.type == EventType.ROLLBACK:
-            last |= {EventType.STEP: int(event.data["to_step"]), EventType.EVAL: int(event.data["to_step"])}
-        elif event.step is not None:
-            last[event.type] = max(last.get(event.type, 0), event.step)
-    return last

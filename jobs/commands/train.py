@@ -40,8 +40,9 @@ def train(
     """
     from concertina.errors import ConfigError
     from jobs.opening import open_job
+    from jobs.preparation import prepare_new, prepare_resume
     from jobs.progress import Progress
-    from jobs.session import prepare_new, prepare_resume, run_session
+    from jobs.session import run_session
 
     more = list(overrides or [])
     if storage is not None:

@@ -43,8 +43,8 @@ _TRANSITIONS = {
     (RunState.WAITING_FOR_CAPACITY, RunEvent.CAPACITY): RunState.FORMING,
     (RunState.WAITING_FOR_CAPACITY, RunEvent.STOP_ASKED): RunState.STOPPED,
     (RunState.FORMING, RunEvent.FORMED): RunState.TRAINING,
-    # Ranks that form are not interrupted: the word to stop reaches them at their first step.
-    (RunState.FORMING, RunEvent.STOP_ASKED): RunState.FORMING,
+    # Nothing has been trained that a checkpoint could keep.
+    (RunState.FORMING, RunEvent.STOP_ASKED): RunState.STOPPED,
     (RunState.TRAINING, RunEvent.STOP_ASKED): RunState.CHECKPOINTING,
     (RunState.TRAINING, RunEvent.DONE): RunState.FINISHED,
     (RunState.TRAINING, RunEvent.LEFT): RunState.STOPPED,

@@ -59,7 +59,6 @@ _TABLE = [
     Bound("last_checkpoint", "rank", 15, "the rank leaves without it"),
     Bound("tracking_close", "coordinator", 8, "what MLflow has not taken stays spooled for the next time"),
     Bound("coordinator_lingers", "coordinator", 5, "it leaves although nobody has asked for the outcome"),
-    Bound("rank_lingers", "rank", 10, "it leaves although nobody has ended it"),
     Bound("agent_lease", "agent", 55, "every process of the run on its node is killed, and the agent leaves"),
 ]
 BOUNDS = {bound.name: bound for bound in _TABLE}
@@ -78,13 +77,10 @@ class Outlasts:
         return BOUNDS[self.longer].seconds > sum(BOUNDS[name].seconds for name in self.shorter)
 
 
-_LEAVE_WITHOUT_COORDINATOR = ("coordinator_silence", "last_checkpoint", "rank_lingers")
 _STOP_WITHOUT_DRIVER = ("driver_silence", "last_checkpoint", "tracking_close", "coordinator_lingers")
 ORDER = [
     Outlasts("actors_finish", _STOP_WITHOUT_DRIVER, "a run without a driver ends in order before its cluster"),
-    Outlasts(
-        "agent_lease", ("coordinator_silence", "last_checkpoint", "rank_lingers"), "ranks leave by themselves first"
-    ),
+    Outlasts("agent_lease", ("coordinator_silence", "last_checkpoint"), "ranks leave by themselves first"),
     Outlasts(
         "coordinator_silence", ("driver_silence", "channel_connect"), "a coordinator that restarts is found again"
     ),
@@ -95,7 +91,6 @@ ORDER = [
     Outlasts("silence", ("channel_connect",), "one missed attempt is no silence"),
     Outlasts("silence_busy", ("silence",), "who is busy has more time"),
     Outlasts("evidence_of_others", ("evidence", "ask_ray"), "a cause that Ray knows comes before a consequence"),
-    Outlasts("rank_lingers", ("coordinator_lingers",), "a rank outlives the talk about its end"),
 ]
 
 

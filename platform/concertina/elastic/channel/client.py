@@ -122,6 +122,10 @@ class ChannelClient:
         """Wait until everything is acknowledged; False at the bound."""
         return self._outbox.wait_empty(bound)
 
+    def unacknowledged(self) -> list[dict[str, Any]]:
+        """What no coordinator is known to have, in order."""
+        return self._outbox.all()
+
     def close(self) -> None:
         """Leave with a goodbye: nobody calls this rank lost. `flush` first, what is queued is not waited for."""
         self._closing = True

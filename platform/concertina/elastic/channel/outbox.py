@@ -42,6 +42,11 @@ class Outbox:
             skipped = max(0, number + 1 - self._kept[0][0])  # numbers have no gaps
             return list(islice(self._kept, skipped, skipped + most))
 
+    def all(self) -> list[dict[str, Any]]:
+        """Everything kept, in order."""
+        with self._changed:
+            return [document for _, document in self._kept]
+
     def acknowledge(self, number: int) -> None:
         """Everything up to `number` has arrived for good."""
         with self._changed:

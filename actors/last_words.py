@@ -1,0 +1,37 @@
+"""The coordinator is gone for good: who completes the last checkpoint and writes the end of the run? Its first rank."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from actors.assignment import Assignment
+from actors.book import Book
+from concertina.elastic.messages import decode
+from concertina.elastic.states import RunEvent
+from concertina.elastic.waits import BOUNDS, Ending, wait
+from concertina.errors import ConcertinaError
+from concertina.state.manifest import commit
+from concertina.track.events import EventLog
+from concertina.track.run import RunFolder
+
+__all__ = ["write_last_words"]
+
+log = logging.getLogger("concertina.rank")
+
+
+def write_last_words(seat: Assignment, step: int, facts: dict[str, Any], unheard: list[dict[str, Any]]) -> None:
+    """Complete the checkpoint of `step`; then, unless a coordinator has come back meanwhile, write down what none has
+    heard, so that no committed step is missing, and that the run has failed."""
+    plan, folder = seat.plan, RunFolder(seat.plan.folder)
+    bound = BOUNDS["last_checkpoint"]
+    complete = wait(bound, lambda: commit(plan.checkpoints, step, seat.generation, facts) is not None)
+    try:
+        with EventLog(folder.events_file, plan.run_id) as events:
+            book = Book(events, plan.checkpoints, plan.layout.world, seat.generation, plan.job.checkpoint.keep)
+            for document in unheard:
+                book.record(decode(document))
+            left = f"a checkpoint of step {step}" if complete is Ending.DONE else "no new checkpoint"
+            book.move(RunEvent.FAILURE, f"the coordinator was gone for good; its ranks left {left}", exit_code=100)
+    except ConcertinaError as error:  # somebody else writes, or the disk is full
+        log.warning("the end is not written: %s", error)

@@ -1,0 +1,126 @@
+"""Is all that a run needs there, before anything is started? Its folder, its data as tokens, a sound checkpoint.
+
+Everything that can be wrong with the input is found here.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from concertina.config import Job
+from concertina.errors import CheckpointError, DataError, NotFoundError, UserError
+from concertina.layout import Axis, Layout
+from concertina.track.mlflow_place import tracking_uri
+from concertina.track.run import DataFacts, RunFolder, create_run
+from concertina.track.status import refuse_living
+from concertina.track.summary import summarize
+
+__all__ = ["Prepared", "prepare_new", "prepare_resume"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start: its folder is there, its data is tokens, its checkpoint has been verified."""
+
+    job: Job
+    layout: Layout
+    folder: RunFolder
+    corpus: Path
+    resume_from: Path | None = None
+    resume_step: int = 0
+    generation: int = 0
+
+
+def prepare_new(job: Job, layout: Layout) -> Prepared:
+    """Make a run's folder. Raises UserError for what this engine cannot do, DataError for the corpus."""
+    _refuse_unsupported(job, layout)
+    corpus, facts = _prepare_data(job)
+    return Prepared(job, layout, create_run(Path(job.storage_path), job, facts), corpus)
+
+
+def prepare_resume(folder: RunFolder, job: Job, layout: Layout) -> Prepared:
+    """Continue a run from its newest sound checkpoint. Raises UserError when it is running now,
+    NotFoundError, CheckpointError or DataError."""
+    from concertina.state.manifest import list_checkpoints, read_manifest
+
+    refuse_living(folder)
+    _refuse_unsupported(job, layout)
+    corpus, facts = _prepare_data(job)
+    before = folder.data_facts()
+    if before is not None and before.fingerprint != facts.fingerprint:
+        raise DataError(
+            f"run {folder.run_id} was trained on corpus {before.fingerprint}, now it is {facts.fingerprint}: "
+            "its files have changed; restore them, or start a new run"
+        )
+    checkpoints = list_checkpoints(folder.checkpoints)
+    if not checkpoints:
+        raise NotFoundError(f"run {folder.run_id} has no checkpoint to resume from: start a new run")
+    chosen = _newest_sound(checkpoints)
+    step = read_manifest(chosen).step
+    if step >= job.training.steps:
+        raise UserError(
+            f"run {folder.run_id} stands at step {step} of {job.training.steps}: nothing is left to do; "
+            f"give it more with --set training.steps={step * 2}"
+        )
+    folder.write_job(job)
+    generation = summarize(folder).shape.generation + 1
+    return Prepared(job, layout, folder, corpus, chosen, step, generation)
+
+
+def _newest_sound(checkpoints: list[Path]) -> Path:
+    from concertina.state.manifest import verify
+
+    for folder in reversed(checkpoints):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            print(f"warning: {error}: trying the checkpoint before it", file=sys.stderr)
+        else:
+            return folder
+    raise CheckpointError(f"none of {len(checkpoints)} checkpoints in {checkpoints[0].parent} is sound")
+
+
+def _refuse_unsupported(job: Job, layout: Layout) -> None:
+    """The layout may have any degrees; the engine has dp, ep and edp so far. Tracking must go where we can write."""
+    tracking_uri(job.tracking.tracking_uri, Path(job.storage_path))
+    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP, Axis.TP, Axis.ETP)]
+    wanted = [text for text in wanted if not text.endswith("=1")]
+    if wanted:
+        raise UserError(
+            f"the engine does not train {' '.join(wanted)} yet: set layout.pp, cp, tp and etp to 1 "
+            "(`concertina layout` draws any of them)"
+        )
+
+
+def _prepare_data(job: Job) -> tuple[Path, DataFacts]:
+    from concertina.data import TokenCorpus, prepare
+
+    shown = _PreparationLine()
+    folder = prepare(job.data, Path(job.storage_path), job.model.vocab_size, shown)
+    shown.close()
+    corpus = TokenCorpus.open(folder)
+    splits = corpus.sequences(job.data.sequence_length, job.data.validation_fraction)
+    if not len(splits.train) or not len(splits.validation):
+        raise DataError(
+            f"{corpus.num_tokens} tokens give {len(splits.train)} sequences of {job.data.sequence_length} to train on "
+            f"and {len(splits.validation)} to validate on: give more text or a smaller data.sequence_length"
+        )
+    source = job.data.source if isinstance(job.data.source, str) else ",".join(job.data.source)
+    return folder, DataFacts(source, corpus.fingerprint, corpus.num_tokens, str(folder))
+
+
+class _PreparationLine:
+    """Says once what takes long."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            print(f"preparing data: {what} ({total / 1e6:.1f} MB)", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
