@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from concertina.model.product import product
+
 __all__ = ["input_gradient", "linear", "weight_gradient"]
 
 
 def input_gradient(dy_TO: Tensor, w_OI: Tensor) -> Tensor:
     """dX [T, I] of y = x w^T."""
-    return torch.mm(dy_TO, w_OI)
+    return product(dy_TO, w_OI.t())
 
 
 def weight_gradient(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x_TI, w_OI)
-        return torch.mm(x_TI, w_OI.t())
+        return product(x_TI, w_OI)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from concertina.model.product import product
+
 __all__ = ["IGNORED", "cross_entropy_sum"]
 
 IGNORED = -100
@@ -27,11 +29,11 @@ class _CrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(w_VD, dtype=wide) if with_gradient else None
         for start in range(0, x_TD.shape[0], rows):
             x_ND, targets_N = x_TD[start : start + rows], targets_T[start : start + rows]
-            logits_NV = torch.mm(x_ND, w_VD.t()).to(wide)
+            logits_NV = product(x_ND, w_VD).to(wide)
             total += _losses_and_probabilities(logits_NV, targets_N)
             if dx is not None and dw is not None:
                 dlogits_NV = _subtract_targets(logits_NV, targets_N).to(x_TD.dtype)
-                torch.mm(dlogits_NV, w_VD, out=dx[start : start + rows])
+                dx[start : start + rows] = product(dlogits_NV, w_VD.t())
                 _add_product(dw, dlogits_NV, x_ND)
         if dx is not None and dw is not None:
             ctx.save_for_backward(dx, dw.to(w_VD.dtype))
