@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from concertina.model import Decoder
 from concertina.model.families import export_tensors, import_tensors, model_config, pieces
 from concertina.model.router import whole_batch_balance
 from concertina.parallel.groups import Group
+from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
 
@@ -77,13 +77,6 @@ def reference(case: str) -> Any:
             if "norm" in key or key.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """max |a - b| / max |b|; an all-zero tensor must be all zero."""
-    largest = theirs.abs().max().item()
-    difference = (ours - theirs).abs().max().item()
-    return difference / largest if largest else (0.0 if difference == 0 else float("inf"))
 
 
 @pytest.mark.parametrize("case", CASES)

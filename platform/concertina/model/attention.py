@@ -39,6 +39,10 @@ def core(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor, turn: Rotation) -> Ten
 class Attention(Part):
     """Query, key and value projections, optional norms and clamp, the core, the output projection."""
 
+    qkv: Tensor
+    qkv_bias: Tensor
+    output: Tensor
+
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
         model = build.model

@@ -45,6 +45,8 @@ class ModelOutput:
 class _Table(Part):
     """A matrix with a row for every token of the vocabulary."""
 
+    weight: Tensor
+
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
         self._declare("weight", (build.model.vocab_size, build.model.hidden_size))

@@ -113,6 +113,9 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> ExpertKernel:
 class Experts(Part):
     """The experts `build.experts` of a layer."""
 
+    w13: Tensor
+    w2: Tensor
+
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
         model = build.model

@@ -56,7 +56,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
         moe_intermediate_size=config[expert_width],
         mlp_only_layers=_dense_layers(config),
         norm_topk_prob=True if family == "mixtral" else config.get("norm_topk_prob", False),
-        qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
+        qk_norm="head" if family == "qwen3_moe" else "full" if family == "olmoe" else "none",
         attention_bias=family == "qwen2_moe" and config.get("qkv_bias", True),
         shared_expert_gate=family == "qwen2_moe",
     )

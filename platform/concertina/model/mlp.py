@@ -44,6 +44,9 @@ def swiglu(h_T2F: Tensor) -> Tensor:
 class SwiGLU(Part):
     """A dense feed-forward layer, or a shared expert."""
 
+    w13: Tensor
+    w2: Tensor
+
     def __init__(self, build: Build, prefix: str, width: int) -> None:
         super().__init__(build, prefix)
         hidden = build.model.hidden_size

@@ -21,6 +21,8 @@ __all__ = ["MoE", "SharedExpert"]
 class SharedExpert(Part):
     """The expert every token goes to, with a sigmoid gate on it where the model has one (Qwen2-MoE)."""
 
+    gate: Tensor
+
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
         self.mlp = SwiGLU(build, prefix, build.model.shared_expert_intermediate_size)

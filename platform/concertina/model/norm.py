@@ -47,6 +47,8 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 class RMSNorm(Part):
     """RMSNorm over the last `len(shape)` dimensions, with one weight an element."""
 
+    weight: Tensor
+
     def __init__(self, build: Build, prefix: str, shape: tuple[int, ...]) -> None:
         super().__init__(build, prefix)
         self._declare("weight", shape, fill="ones")

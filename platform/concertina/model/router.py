@@ -33,6 +33,8 @@ class Routing:
 class Router(Part):
     """Logits in at least fp32: rounding must not decide where a token goes."""
 
+    router: Tensor
+
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
         self._declare("router", (build.model.num_experts, build.model.hidden_size))

@@ -79,7 +79,7 @@ class Dispatcher:
     def start_dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatching:
         """Sort rows by expert and start sending them. `expert_ids_TK`: int64, global numbers."""
         order = expert_order(expert_ids_TK)
-        counts = torch.bincount(expert_ids_TK.reshape(-1), minlength=self.num_experts)
+        counts = _count(expert_ids_TK, self.num_experts)
         rows_RD = spread(x_TD, order)
         if self.group.size == 1:
             return Dispatching(Pending(lambda: rows_RD), counts, _Route(order, [], [], None, None))
@@ -111,6 +111,12 @@ class Dispatcher:
         leaving = torch.stack([counts[start:stop].sum() for start, stop in self._ranges])
         both = torch.stack([leaving, arriving.sum(1)]).tolist()
         return both[0], both[1]
+
+
+def _count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Rows for each expert, on the device (torch.bincount asks the host for its length)."""
+    flat = expert_ids_TK.reshape(-1)
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _regrouping(arriving_SE: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,65 @@
+"""Do all kernels of attention compute the same: SDPA, blocks on a CPU, and the definition written out?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from concertina.model.attention import attend, core
+from concertina.model.attention_blocks import LONGEST, attend_in_blocks
+from concertina.model.rope import Rotation, rotate, rotation
+from tests.model.errors import error
+
+pytestmark = pytest.mark.unit
+
+
+def inputs(length: int, kv: int, group: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Rotation]:
+    """q, k, v as views of one tensor, as the projection makes them."""
+    generator = torch.Generator().manual_seed(length)
+    qkv = torch.randn(2, length, kv, group + 2, width, generator=generator, dtype=dtype)
+    q, k, v = qkv.split([group, 1, 1], dim=3)
+    leaves = (
+        q.detach().requires_grad_(),
+        k.squeeze(3).detach().requires_grad_(),
+        v.squeeze(3).detach().requires_grad_(),
+    )
+    return *leaves, rotation(torch.arange(length), width, 10000.0, dtype)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, turn: Rotation) -> Tensor:
+    q, k = rotate(q, turn), rotate(k, turn)
+    scores = torch.einsum("bsngc,btnc->bngst", q, k) / math.sqrt(q.shape[-1])
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    return torch.einsum("bngst,btnc->bsngc", scores.masked_fill(future, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("kernel", [core, attend_in_blocks])
+@pytest.mark.parametrize(
+    ("length", "kv", "group", "width"), [(1, 1, 1, 2), (37, 2, 3, 8), (64, 4, 1, 4), (150, 2, 2, 16)]
+)
+def test_kernels_equal_the_definition(kernel: object, length: int, kv: int, group: int, width: int) -> None:
+    *leaves, turn = inputs(length, kv, group, width, torch.float64)
+    ours, expected = kernel(*leaves, turn), written_out(*leaves, turn)  # type: ignore[operator]
+    assert error(ours, expected) < 1e-13
+    dy = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
+    assert max(error(a, b) for a, b in gradients) < 1e-12
+
+
+@pytest.mark.parametrize("length", [128, LONGEST + 1])
+def test_fp32_is_close_on_both_sides_of_the_switch(length: int) -> None:
+    *leaves, turn = inputs(length, 1, 2, 8, torch.float32)
+    wide = [leaf.detach().to(torch.float64) for leaf in leaves]
+    expected = written_out(*wide, rotation(torch.arange(length), 8, 10000.0, torch.float64))
+    assert error(attend(*leaves, turn), expected) < 1e-4  # angles of fp32 at position 1000
+
+
+def test_bfloat16_goes_to_sdpa() -> None:
+    *leaves, turn = inputs(16, 2, 2, 8, torch.bfloat16)
+    out = attend(*leaves, turn)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.bfloat16 for leaf in leaves)

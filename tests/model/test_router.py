@@ -1,0 +1,90 @@
+"""Does the router choose as defined, and do its losses know nothing of micro-batches?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from concertina.config import ModelConfig
+from concertina.model.parameters import Build
+from concertina.model.router import Router, Routing, balance_sum, count_experts, z_sum
+from tests.model.errors import error
+
+pytestmark = pytest.mark.unit
+
+
+def routed(x: torch.Tensor, tokens_B: torch.Tensor, **changes: object) -> tuple[Router, Routing]:
+    model = ModelConfig(hidden_size=16, num_experts=6, num_experts_per_tok=2, initializer_range=0.5, **changes)  # type: ignore[arg-type]
+    router = Router(Build(model, x.dtype, x.device, 0, (0, 6)), "layers.0.moe")
+    return router, router(x, tokens_B)
+
+
+def rows(num: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(num, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_takes_the_most_probable_experts(normalized: bool) -> None:
+    x = rows(12)
+    router, routing = routed(x, torch.tensor([6, 6]), norm_topk_prob=normalized)
+    probabilities = (x @ router.router.T).softmax(-1)
+    order = probabilities.argsort(-1, descending=True)[:, :2]
+    assert torch.equal(routing.expert_ids_TK, order)
+    weights = probabilities.gather(1, order)
+    expected = weights / weights.sum(1, keepdim=True) if normalized else weights
+    assert error(routing.weights_TK, expected) < 1e-14
+    assert routing.counts_E.tolist() == [(order == e).sum().item() for e in range(6)]
+
+
+def test_losses_are_sums_over_sequences_of_token_weighted_means() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3 * 4, 5, dtype=torch.float64)
+    probabilities = logits.softmax(-1)
+    ids = probabilities.topk(2).indices
+    tokens = torch.tensor([4, 3, 0])
+    aux = z = 0.0
+    for b in range(3):
+        part, chosen = probabilities[4 * b : 4 * b + 4], ids[4 * b : 4 * b + 4]
+        fractions = torch.stack([(chosen == e).sum() / 4 for e in range(5)])
+        aux += tokens[b] * 5 / 2 * (fractions * part.mean(0)).sum()
+        z += tokens[b] * logits[4 * b : 4 * b + 4].logsumexp(-1).square().mean()
+    assert error(balance_sum(probabilities, count_experts(ids, 3, 5), tokens), torch.as_tensor(aux)) < 1e-7
+    assert error(z_sum(logits, tokens), torch.as_tensor(z)) < 1e-14
+
+
+def test_even_routing_costs_one_per_token() -> None:
+    probabilities = torch.full((8, 4), 0.25, dtype=torch.float64)
+    counts = torch.full((2, 4), 2)
+    assert balance_sum(probabilities, counts, torch.tensor([4, 4])).item() == pytest.approx(8.0)
+
+
+def test_losses_and_gradients_do_not_see_micro_batches() -> None:
+    x, tokens = rows(20), torch.tensor([5, 4, 3, 5])
+
+    def gradient(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        total = torch.zeros(())
+        for part, counted in parts:
+            router, routing = routed(part, counted)
+            (routing.aux_sum + 0.1 * routing.z_sum).backward()
+            assert router.router.grad is not None
+            total = total + router.router.grad
+        return total
+
+    together = gradient([(x, tokens)])
+    apart = gradient([(x[:5], tokens[:1]), (x[5:], tokens[1:])])
+    assert error(apart, together) < 1e-13
+
+
+def test_counts_carry_no_gradient() -> None:
+    """Through the probabilities only: the derivative of the loss in P_e is the fraction f_e."""
+    probabilities = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([[6, 0, 0]])
+    balance_sum(probabilities, counts, torch.tensor([6])).backward()
+    assert probabilities.grad is not None
+    assert torch.equal(probabilities.grad, torch.tensor([[3.0, 0, 0]], dtype=torch.float64).expand(6, 3))
+
+
+def test_logits_of_bfloat16_rows_are_fp32() -> None:
+    _, routing = routed(rows(8, torch.bfloat16), torch.tensor([8]))
+    assert routing.aux_sum.dtype == torch.float32
+    assert routing.weights_TK.dtype == torch.bfloat16
