@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from concertina.elastic.placement import NodeCapacity, Placement, Shortage, place
@@ -37,13 +37,22 @@ def clusters(draw: st.DrawFn) -> list[NodeCapacity]:
 
 
 shares = st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.5, 2.0])
+gpu_shares = st.sampled_from([0.0, 0.5, 1.0])
 
 
-@given(nodes=clusters(), world=st.integers(1, 30), cpus=shares, gpus=st.sampled_from([0.0, 0.5, 1.0]))
-def test_no_node_gets_more_than_it_has_free(nodes: list[NodeCapacity], world: int, cpus: float, gpus: float) -> None:
+@st.composite
+def placed(draw: st.DrawFn) -> tuple[list[NodeCapacity], int, float, float, Placement]:
+    """A cluster, a world that fits into it, what a rank takes, and where the ranks went."""
+    nodes, cpus, gpus = [*draw(clusters()), node("one that has room", 2, gpus=1)], draw(shares), draw(gpu_shares)
+    world = draw(st.integers(1, sum(at.workers(cpus, gpus) for at in nodes)))
     found = place(nodes, world, cpus, gpus)
-    assume(isinstance(found, Placement))
     assert isinstance(found, Placement)
+    return nodes, world, cpus, gpus, found
+
+
+@given(placed())
+def test_no_node_gets_more_than_it_has_free(case: tuple[list[NodeCapacity], int, float, float, Placement]) -> None:
+    _, world, cpus, gpus, found = case
     assert sum(found.counts) == world
     for at, count in zip(found.nodes, found.counts, strict=True):
         assert count > 0, "a node without ranks is not in it"
@@ -51,19 +60,17 @@ def test_no_node_gets_more_than_it_has_free(nodes: list[NodeCapacity], world: in
         assert count * gpus <= at.free_gpus + 1e-6
 
 
-@given(nodes=clusters(), world=st.integers(1, 30), cpus=shares, gpus=st.sampled_from([0.0, 0.5, 1.0]))
-def test_ranks_are_spread_evenly(nodes: list[NodeCapacity], world: int, cpus: float, gpus: float) -> None:
+@given(placed())
+def test_ranks_are_spread_evenly(case: tuple[list[NodeCapacity], int, float, float, Placement]) -> None:
     """No rank could move to a node that has room and two ranks fewer: losing a node costs the fewest."""
-    found = place(nodes, world, cpus, gpus)
-    assume(isinstance(found, Placement))
-    assert isinstance(found, Placement)
+    nodes, _, cpus, gpus, found = case
     taken = {at.node_id: count for at, count in zip(found.nodes, found.counts, strict=True)}
     for at in nodes:
         if taken.get(at.node_id, 0) < at.workers(cpus, gpus):
             assert max(taken.values()) - taken.get(at.node_id, 0) <= 1
 
 
-@given(nodes=clusters(), world=st.integers(1, 30), cpus=shares, gpus=st.sampled_from([0.0, 0.5, 1.0]))
+@given(nodes=clusters(), world=st.integers(1, 30), cpus=shares, gpus=gpu_shares)
 def test_short_exactly_when_ranks_do_not_fit(nodes: list[NodeCapacity], world: int, cpus: float, gpus: float) -> None:
     found, free = place(nodes, world, cpus, gpus), sum(at.workers(cpus, gpus) for at in nodes)
     assert isinstance(found, Shortage) == (free < world)
