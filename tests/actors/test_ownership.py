@@ -1,0 +1,189 @@
+"""Somebody of a run is killed, frozen or broken: is the outcome right, the culprit named, and nothing left behind?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from concertina.state.manifest import list_checkpoints, verify
+from concertina.track.events import EventType
+from infra import LocalCluster
+from tests.actors.conftest import Start
+from tests.actors.drive import ENDLESS, Drive, alive
+from tests.actors.mlflow_copy import MlflowPage
+from tests.infra.sockets import tree
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.ray
+
+NothingLeft = Callable[[Drive], None]
+
+
+def newest(drive: Drive) -> int:
+    """The step of the newest checkpoint, which is sound."""
+    return verify(list_checkpoints(drive.run.checkpoints)[-1]).step
+
+
+def in_mlflow(drive: Drive) -> str:
+    """The final status, once MLflow holds the same steps as the events."""
+    page = MlflowPage(drive.run)
+    assert page.values("train/loss") == drive.steps()
+    return str(page.status)
+
+
+def kill_coordinator(drive: Drive) -> int:
+    """SIGKILL it while its run trains; its pid."""
+    pid = int(drive.journal()["coordinator_pid"])
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not alive({pid}))
+    return pid
+
+
+# -- the driver --------------------------------------------------------------------------------------------------------
+
+
+def test_killed_driver_the_coordinator_stops_with_a_checkpoint(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS, "--set", "checkpoint.every_steps=100000")
+    drive.reaches(3)
+    drive.process.kill()
+    wait_until(lambda: drive.states()[-1] == "stopped", 60)
+    nothing_left(drive)
+    assert drive.events()[-1].data["reason"] == "the driver is gone"
+    assert newest(drive) == list(drive.steps())[-1]
+    assert in_mlflow(drive) == "KILLED"
+
+
+# -- the coordinator ---------------------------------------------------------------------------------------------------
+
+
+def test_killed_coordinator_the_run_goes_on_to_its_end(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", "training.steps=600", "--set", "checkpoint.every_steps=200")
+    drive.reaches(3)
+    ranks, killed = drive.journal()["pids"], kill_coordinator(drive)
+    drive.wait(lambda: drive.journal()["coordinator_pid"] != killed)
+    assert drive.journal()["pids"] == ranks
+    assert alive(set(ranks.values())) == set(ranks.values())
+    assert drive.ends() == 0, drive.err
+    assert list(drive.steps())[-1] == 600
+    assert "training: the coordinator restarted" in drive.lines
+    assert drive.states()[-1] == "finished"
+    nothing_left(drive)
+    assert in_mlflow(drive) == "FINISHED"
+
+
+def test_killed_before_the_ranks_had_formed_it_begins_anew(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", "training.steps=20")
+    drive.wait(lambda: re.search(r"^run ", drive.err, re.MULTILINE))
+    drive.wait(lambda: "forming" in drive.states())
+    os.kill(json.loads(drive.run.journal_file.read_text())["coordinator_pid"], signal.SIGKILL)
+    assert drive.ends() == 0, drive.err
+    assert list(drive.steps())[-1] == 20
+    assert {event.generation for event in drive.events(EventType.STEP)} == {1}
+    assert len(drive.events(EventType.START)) == 1
+    nothing_left(drive)
+    assert in_mlflow(drive) == "FINISHED"
+
+
+@pytest.mark.soak
+def test_a_coordinator_gone_for_good_its_ranks_leave_a_checkpoint(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS, "--set", "checkpoint.every_steps=100000")
+    drive.reaches(3)
+    killed = 0
+    for _ in range(4):  # once, and three restarts
+        drive.wait(lambda last=killed: drive.journal()["coordinator_pid"] != last)
+        killed = kill_coordinator(drive)
+    assert drive.ends(120) == 100, drive.err
+    assert any(line.startswith("the coordinator is gone for good") for line in drive.lines)
+    assert newest(drive) == list(drive.steps())[-1]
+    assert f"its ranks left a checkpoint of step {newest(drive)}" in drive.lines[-1]
+    assert f"concertina train --resume {drive.run.run_id}" in drive.out
+    assert drive.states()[-1] == "failed"
+    nothing_left(drive)
+    assert in_mlflow(drive) == "FAILED"
+
+
+# -- a rank ------------------------------------------------------------------------------------------------------------
+
+
+def fails(drive: Drive, reason: str) -> None:
+    """It ends with exit code 100, in words and in MLflow."""
+    assert drive.ends() == 100, drive.err
+    assert re.match(reason, drive.events(EventType.ERROR)[-1].data["message"]), drive.err
+    (line,) = [line for line in drive.lines if line.startswith("failed: ")]
+    assert re.match(f"failed: {reason}", line)
+    assert in_mlflow(drive) == "FAILED"
+
+
+def test_killed_rank_is_named_and_the_run_can_be_resumed(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS, "--set", "cluster.num_workers=3", "--set", "layout.ep=1")
+    drive.reaches(25)
+    os.kill(drive.journal()["pids"]["1"], signal.SIGKILL)
+    fails(drive, r"rank 1 died: its process was killed \(SIGKILL")
+    assert f"concertina train --resume {drive.run.run_id}" in drive.out
+    nothing_left(drive)
+
+
+def test_killed_rank_that_forms_is_named(start: Start, cluster: LocalCluster, nothing_left: NothingLeft) -> None:
+    """Its peers would wait for it for two minutes."""
+    drive = start("--set", ENDLESS)
+    drive.wait(lambda: ranks_below(cluster.keeper_pid))
+    ranks_below(cluster.keeper_pid)[0].kill()
+    fails(drive, r"rank \d died: its process was killed \(SIGKILL")
+    assert list_checkpoints(drive.run.checkpoints) == []
+    assert "--resume" not in drive.out
+    nothing_left(drive)
+
+
+def ranks_below(pid: int) -> list[psutil.Process]:
+    """Ray names a worker after what it does: `ray::rank-generation0-1:Rank.__init__`, later `ray::Rank`."""
+    found = []
+    for process in tree(pid):
+        with suppress(psutil.NoSuchProcess):
+            if re.match(r"ray::(rank-.*:)?Rank", " ".join(process.cmdline())):
+                found.append(process)
+    return found
+
+
+def test_frozen_rank_is_named_and_ended(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS)
+    drive.reaches(3)
+    rank = drive.journal()["pids"]["0"]
+    os.kill(rank, signal.SIGSTOP)
+    fails(drive, rf"rank 0 died: it froze: its process {rank} is stopped, at step \d+")
+    nothing_left(drive)
+
+
+def test_a_rank_that_raises_is_named_with_its_traceback(start: Start, nothing_left: NothingLeft) -> None:
+    """Where its checkpoint should go is a file: rank 1's own part, so that no other rank fails."""
+    drive = start("--set", ENDLESS)
+    drive.said("forming")
+    partial = drive.run.checkpoints / ".step-00000020.generation0"
+    (partial / "shard-00002-model-00001-of-00001.safetensors").mkdir(parents=True)
+    fails(drive, "rank 1 raised CheckpointError: .*could not write")
+    error = drive.events(EventType.ERROR)[-1].data
+    assert (error["rank"], error["traceback"].splitlines()[0]) == (1, "Traceback (most recent call last):")
+    assert "rank 1, log in " in drive.err
+    assert drive.err.index("rank 1, log in ") < drive.err.index("Traceback")
+    nothing_left(drive)
+
+
+def test_a_corpus_that_is_gone_fails_in_one_line(start: Start, ground: Path, nothing_left: NothingLeft) -> None:
+    """The driver has seen it; the ranks have not."""
+    storage = ground / "vanishing"
+    shutil.copytree(ground / "runs" / "data", storage / "data")
+    drive = start("--set", ENDLESS, storage=storage)
+    drive.wait(lambda: re.search(r"^run ", drive.err, re.MULTILINE))
+    shutil.rmtree(storage / "data")
+    assert drive.ends() == 100, drive.err
+    assert re.match(r"failed: rank \d raised \w+: ", drive.lines[-1]) or "Traceback" in drive.err
+    assert drive.states()[-1] == "failed"
+    nothing_left(drive)
