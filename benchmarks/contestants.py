@@ -106,9 +106,11 @@ def concertina_engine() -> Step:
     import torch
 
     from concertina.layout import Layout
+    from concertina.model.host_memory import keep_freed_memory
     from concertina.parallel.groups import Groups
     from concertina.train.engine import Engine
 
+    keep_freed_memory()
     view: Any = _OneBatch()
     engine = Engine(_job(), view, view, torch.device("cpu"))
     engine.configure(Layout.of(1), 0, Groups.alone())
@@ -121,8 +123,10 @@ def concertina_decoder() -> Step:
     import torch
 
     from concertina.model import Decoder
+    from concertina.model.host_memory import keep_freed_memory
     from concertina.parallel.groups import Group
 
+    keep_freed_memory()
     model = _job().model
     view = _OneBatch()
     decoder = Decoder(model, torch.float32, torch.device("cpu"), Group.alone("ep"), 0)
