@@ -36,7 +36,7 @@ def train(
     \b
     Example:
       concertina train jobs/quickstart.yaml --set training.steps=50
-      concertina train --resume latest --set training.steps=400
+      concertina train --resume latest --set training.steps=1000
     """
     from concertina.errors import ConfigError
     from jobs.opening import open_job

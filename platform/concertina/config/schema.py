@@ -303,7 +303,7 @@ class Job(Section):
 
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,38}[a-z0-9])?$")]
-    """Prefix of run ids."""
+    """Prefix of run ids: up to 40 of a-z 0-9 . _ -, a letter or digit at both ends."""
     storage_path: str = "runs"
     """Folder of runs: logs, events, checkpoints, the MLflow database."""
     model: ModelConfig = ModelConfig()

@@ -1,0 +1,1 @@
+"""Pages for people, and `generate.py`, which writes the tables in them."""
