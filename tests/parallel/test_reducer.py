@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.distributed import form, run_distributed
 
 
 def reduced(shapes: dict[str, tuple[int, ...]], group: str = "dp_cp", decay: bool = True) -> list[Reduced]:
-    return [Reduced(name, Box.whole(shape), group, decay) for name, shape in shapes.items()]
+    return [Reduced(name, Box.whole(shape), group, decay, prod(shape)) for name, shape in shapes.items()]
 
 
 # -- which parameters share a bucket -----------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ kinds = st.tuples(st.integers(0, 14_000_000), st.sampled_from(["dp_cp", "edp"]),
 @pytest.mark.unit
 @given(st.lists(kinds, min_size=1, max_size=20))
 def test_buckets_hold_every_parameter_once_in_reverse_and_stay_small(drawn: list[tuple[int, str, bool]]) -> None:
-    items = [Reduced(f"p{i}", Box.whole((size,)), group, decay) for i, (size, group, decay) in enumerate(drawn)]
+    items = [Reduced(f"p{i}", Box.whole((size,)), group, decay, size) for i, (size, group, decay) in enumerate(drawn)]
     by_name = {item.name: item for item in items}
     weights = {item.name: torch.empty(item.box.shape, device="meta") for item in items}
     buckets = make_buckets(weights, items, Groups.alone(), weight_decay=0.3)
@@ -196,3 +197,18 @@ def test_ranks_sum_the_same_buckets_though_their_gradients_differ() -> None:
         pieces = [found[name] for found in ranks]
         assert [values for _, values in pieces] == [[value], [value]], name
         assert sum(count for count, _ in pieces) == torch.Size(SHAPES[name]).numel(), name
+
+
+def test_ranks_with_more_and_fewer_experts_fill_the_same_buckets() -> None:
+    """Three experts over two ranks: boxes differ, the order in which buckets of both groups start must not."""
+
+    def plan(held: int) -> list[list[str]]:
+        items = []
+        for layer in range(6):
+            experts = Box((0, 0), (held, BUCKET_BYTES // 8))
+            items.append(Reduced(f"experts{layer}", experts, "edp", True, 3 * BUCKET_BYTES // 8 // 2))
+            items.append(Reduced(f"dense{layer}", Box.whole((7,)), "dp_cp", True, 7))
+        parameters = {item.name: torch.empty(item.box.shape, device="meta") for item in items}
+        return [list(bucket.parameters) for bucket in make_buckets(parameters, items, Groups.alone(), 0.1)]
+
+    assert plan(2) == plan(1)

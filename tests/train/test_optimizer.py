@@ -39,7 +39,7 @@ class Model:
         self.parameters = {name: torch.nn.Parameter(weight) for name, weight in weights(dtype).items()}
         self.groups = groups
         reduced = [
-            Reduced(name, Box.whole(shape), "edp" if name == "experts" else "dp_cp", name not in WITHOUT_DECAY)
+            Reduced(name, Box.whole(shape), "edp" if name == "experts" else "dp_cp", name not in WITHOUT_DECAY, 1)
             for name, shape in SHAPES.items()
         ]
         buckets = make_buckets(dict(self.parameters), reduced, groups, TRAINING.weight_decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 __all__ = ["NodeCapacity", "Placement", "Shortage", "place"]
@@ -65,11 +66,14 @@ def place(nodes: list[NodeCapacity], world: int, cpus: float, gpus: float) -> Pl
     if sum(room.values()) < world:
         possible = sum(_fit(node.total_cpus, node.total_gpus, cpus, gpus) for node in nodes)
         return Shortage(world, sum(room.values()), possible, len(nodes), cpus, gpus)
+    # Least loaded first: losing one node then costs the fewest ranks.
     taken = dict.fromkeys(sorted(room), 0)
+    queue = [(0, node_id) for node_id in sorted(room) if room[node_id]]
     for _ in range(world):
-        # Least loaded first: losing one node then costs the fewest ranks.
-        node_id = min((n for n in taken if taken[n] < room[n]), key=lambda n: (taken[n], n))
-        taken[node_id] += 1
+        count, node_id = heapq.heappop(queue)
+        taken[node_id] = count + 1
+        if taken[node_id] < room[node_id]:
+            heapq.heappush(queue, (count + 1, node_id))
     used = [node for node in sorted(nodes, key=lambda node: node.node_id) if taken[node.node_id]]
     return Placement(tuple(used), tuple(taken[node.node_id] for node in used))
 

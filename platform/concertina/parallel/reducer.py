@@ -24,12 +24,17 @@ BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's default: large enough fo
 
 @dataclass(frozen=True)
 class Reduced:
-    """How one parameter is reduced: `group` names its data-parallel group, `decay` whether weight decay applies."""
+    """How one parameter is reduced: `group` names its data-parallel group, `decay` whether weight decay applies.
+
+    `weight` is the number of elements it counts for when buckets are filled. It must be equal on every rank of the
+    world, which the size of `box` is not when experts are cut unevenly: buckets of all groups start in one order.
+    """
 
     name: str
     box: Box
     group: str
     decay: bool
+    weight: int
 
 
 def make_buckets(
@@ -42,7 +47,7 @@ def make_buckets(
     planned: list[tuple[Reduced, list[Reduced]]] = []
     open_buckets: dict[tuple[str, bool], tuple[int, list[Reduced]]] = {}
     for item in reversed(list(reduced)):
-        key, size = (item.group, item.decay), item.box.size * 4
+        key, size = (item.group, item.decay), item.weight * 4
         filled, members = open_buckets.get(key, (0, []))
         if not members or filled + size > BUCKET_BYTES:
             filled, members = 0, []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from concertina.errors import CheckpointError
+from concertina.errors import CheckpointError, ConcertinaError
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import write_part
 from concertina.state.manifest import Part, partial_folder
@@ -32,7 +32,7 @@ class Saver:
         self.place = _Place(root, rank, world, generation)
         self.on_part = on_part
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | OSError | RuntimeError | None = None
+        self._error: ConcertinaError | OSError | RuntimeError | None = None
 
     def start(self, step: int, state: dict[str, BoxedTensor]) -> None:
         """Copy `state` to host memory now and write it in the background; waits for the step before it."""
@@ -49,10 +49,9 @@ class Saver:
         folder = partial_folder(place.root, step, place.generation)
         try:
             part = write_part(folder, state, rank=place.rank, world=place.world, generation=place.generation)
-        except (CheckpointError, OSError, RuntimeError) as error:  # a full disk surfaces as any of them
-            self._error = error
-        else:
             self.on_part(step, part)
+        except (ConcertinaError, OSError, RuntimeError) as error:  # a full disk surfaces as any of them
+            self._error = error
 
     def wait(self, timeout_s: float = 600.0) -> None:
         """Until the step under way is on storage. Raises CheckpointError if it could not be written."""

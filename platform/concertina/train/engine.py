@@ -80,7 +80,9 @@ class Engine:
         self.decoder = Decoder(self.job.model, DTYPES[training.precision], self.device, groups["ep"], training.seed)
         self.information = self.decoder.parameter_information()
         reduced = [
-            Reduced(name, info.box, "edp" if info.expert else "dp_cp", info.decay)
+            Reduced(name, info.box, "edp", info.decay, math.prod(info.global_shape) // groups["ep"].size)
+            if info.expert
+            else Reduced(name, info.box, "dp_cp", info.decay, math.prod(info.global_shape))
             for name, info in self.information.items()
         ]
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
@@ -140,7 +142,7 @@ class Engine:
         return [share(mine, count, piece) for piece in range(count)]
 
     def _judge(self, step: int, totals: dict[str, float], counts: list[float]) -> StepResult:
-        tokens = totals["tokens"]
+        tokens = totals["tokens"] or 1.0  # a batch may predict nothing: then all sums are zero
         loss, norm = totals["loss"] / tokens, math.sqrt(totals["sum_of_squares"]) / tokens
         return StepResult(
             step=step,
