@@ -118,16 +118,23 @@ def _summary(folder: Any, reason: str, output: Output) -> None:
         ("folder", str(folder.path)),
     ]
     sys.stdout.write("\n" + "\n".join(f"{name:<16} {value}" for name, value in rows) + "\n")
+    where = _where(folder)
     commands = [
-        (f"concertina runs show {found.run_id}", "this run"),
-        ("concertina runs list", "all runs"),
-        (f"concertina ckpt list {found.run_id}", "its checkpoints"),
+        (f"concertina runs show {found.run_id}{where}", "this run"),
+        (f"concertina runs list{where}", "all runs"),
+        (f"concertina ckpt list {found.run_id}{where}", "its checkpoints"),
     ]
     if found.mlflow.uri:
         commands.append((f"mlflow ui --backend-store-uri {found.mlflow.uri}", "curves and comparisons"))
     if found.checkpoints and progress.steps < (progress.target_steps or 0):
-        commands.insert(0, (f"concertina train --resume {found.run_id}", "go on from the last checkpoint"))
+        commands.insert(0, (f"concertina train --resume {found.run_id}{where}", "go on from the last checkpoint"))
     next_commands(commands)
+
+
+def _where(folder: Any) -> str:
+    """What the next commands need to find the run: nothing, when it is where they look by themselves."""
+    storage = folder.path.resolve().parent
+    return "" if storage == Path("runs").resolve() else f" --storage {storage}"
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -46,12 +47,8 @@ def validate(
     if problems:
         raise ConfigError("\n".join(problems), problems=problems)
     if output is Output.TEXT and not resolved and len(files) == 1:
-        next_commands(
-            [
-                (f"concertina layout {files[0]}", "who is where"),
-                (f"concertina train {files[0]}", "run it"),
-            ]
-        )
+        same = " ".join([files[0], *(f"--set {shlex.quote(override)}" for override in overrides or ())])
+        next_commands([(f"concertina layout {same}", "who is where"), (f"concertina train {same}", "run it")])
 
 
 def _report(file: str, opened: OpenedJob, resolved: bool, output: Output) -> None:
