@@ -47,8 +47,16 @@ def validate(
     if problems:
         raise ConfigError("\n".join(problems), problems=problems)
     if output is Output.TEXT and not resolved and len(files) == 1:
-        same = " ".join([files[0], *(f"--set {shlex.quote(override)}" for override in overrides or ())])
-        next_commands([(f"concertina layout {same}", "who is where"), (f"concertina train {same}", "run it")])
+        who = f"concertina layout {_degrees(opened[0]) if overrides else files[0]}"
+        run = " ".join([f"concertina train {files[0]}", *(f"--set {shlex.quote(item)}" for item in overrides or ())])
+        next_commands([(who, "who is where"), (run, "run it")])
+
+
+def _degrees(opened: OpenedJob) -> str:
+    """The layout as options: `concertina layout` knows no --set."""
+    layout = opened.layout
+    degrees = {axis: getattr(layout, axis) for axis in ("pp", "cp", "tp", "ep", "etp")}
+    return " ".join([f"--world {layout.world}", *(f"--{axis} {n}" for axis, n in degrees.items() if n > 1)])
 
 
 def _report(file: str, opened: OpenedJob, resolved: bool, output: Output) -> None:
