@@ -39,6 +39,7 @@ __all__ = ["Conductor"]
 log = logging.getLogger("concertina.coordinator")
 
 LEASE_EVERY_S = 5.0  # a tenth of what agents grant
+STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
 TURN_S, TURN_WITHOUT_ROOM_S = 0.25, 1.0
 _NEWS = (Started, Finished, RankError)  # the others are written down, and nothing follows from them
 
@@ -167,17 +168,19 @@ class Conductor:
         """Until the ranks have been placed or the run has been stopped. Raises CapacityError after the job's bound."""
         cluster = self.plan.job.cluster
         gpus = 1.0 if self.plan.device == "cuda" else 0.0
-        until = time.monotonic() + cluster.capacity_timeout_s
+        told = time.monotonic()
+        until = told + cluster.capacity_timeout_s
         while not self.book.state.is_end:
             found = place(nodes_now(), cluster.num_workers, cluster.cpus_per_worker, gpus)
             if not isinstance(found, Shortage) and self.hands.take(found, cluster.cpus_per_worker, gpus):
                 self.waiting = ""
                 return
             waiting = str(found) if isinstance(found, Shortage) else "somebody else took the room; trying again"
-            if waiting != self.waiting:
-                self.waiting = waiting
+            now = time.monotonic()
+            if waiting != self.waiting or now - told > STILL_WAITING_S:
+                self.waiting, told = waiting, now
                 self.book.event(EventType.STATE, state=self.book.state.value, reason=waiting)
-            if time.monotonic() > until:
+            if now > until:
                 raise CapacityError(f"gave up after {cluster.capacity_timeout_s:.0f} s {waiting}")
             self._turn(TURN_WITHOUT_ROOM_S)
 

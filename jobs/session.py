@@ -6,6 +6,8 @@ import math
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from concertina.config import Job
@@ -19,12 +21,28 @@ if TYPE_CHECKING:
     from actors.assignment import RunPlan
     from infra.cluster_access import ClusterAccess
 
-__all__ = ["run_session"]
+__all__ = ["Place", "find_place", "run_session"]
 
 
-def run_session(prepared: Prepared, address: str | None, progress: Progress) -> tuple[int, str]:
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to be: on a cluster that is there, or on one to be started here with these GPUs."""
+
+    running: ClusterAccess | None
+    gpus: range = range(0)
+
+
+def find_place(job: Job, address: str | None) -> Place:
+    """Starts nothing. Raises NotFoundError when no cluster answers at `address`, UserError for GPUs we lack."""
+    from infra.find_cluster import find_cluster
+
+    running = find_cluster(address)
+    return Place(running) if running is not None else Place(None, _local_gpus(job))
+
+
+def run_session(prepared: Prepared, place: Place, progress: Progress) -> tuple[int, str]:
     """Train to the end of the session; (exit code, reason). Ctrl-C stops with a checkpoint, a second one at once."""
-    with _cluster(prepared.job, address, progress) as access:
+    with _cluster(prepared.job, place, progress) as access:
         access.connect(f"concertina-{prepared.folder.run_id}")
         import ray
 
@@ -38,19 +56,16 @@ def run_session(prepared: Prepared, address: str | None, progress: Progress) -> 
 
 
 @contextmanager
-def _cluster(job: Job, address: str | None, progress: Progress) -> Iterator[ClusterAccess]:
-    from infra.find_cluster import find_cluster
+def _cluster(job: Job, place: Place, progress: Progress) -> Iterator[ClusterAccess]:
     from infra.local_cluster import LocalCluster
 
-    found = find_cluster(address)
-    if found is not None:
-        yield found
+    if place.running is not None:
+        yield place.running
         return
-    gpus = _local_gpus(job)
     nodes = min(job.cluster.num_nodes, job.cluster.num_workers)
     cpus = math.ceil(math.ceil(job.cluster.num_workers / nodes) * job.cluster.cpus_per_worker)
     progress.say(f"starting a local Ray cluster: {nodes} nodes of {cpus} logical CPUs")
-    with LocalCluster.start(num_nodes=nodes, cpus_per_node=cpus, gpus=gpus) as cluster:
+    with LocalCluster.start(num_nodes=nodes, cpus_per_node=cpus, gpus=place.gpus) as cluster:
         yield cluster.access
 
 
@@ -58,9 +73,7 @@ def _local_gpus(job: Job) -> range:
     """All of this machine's GPUs, if they serve for every rank; none otherwise. Raises UserError if they must."""
     if job.cluster.device == "cpu":
         return range(0)
-    import torch
-
-    there, wanted = torch.cuda.device_count(), job.cluster.num_workers
+    there, wanted = _count_gpus(), job.cluster.num_workers
     if there >= wanted:
         return range(there)
     if job.cluster.device == "cuda":
@@ -69,6 +82,14 @@ def _local_gpus(job: Job) -> range:
             f"set it to {there or 1} or less, or cluster.device=cpu, or give a cluster with --address"
         )
     return range(0)
+
+
+def _count_gpus() -> int:
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return 0  # known without torch, which takes a second to import
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _plan(prepared: Prepared) -> RunPlan:

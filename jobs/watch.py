@@ -102,11 +102,18 @@ class Watch:
         """Its ranks write a checkpoint and leave, which takes them a while: wait for that, then see what is left."""
         if not self._outcome().status.is_final:
             self.progress.say(f"{why}; its ranks write a checkpoint and leave")
+            self._end_coordinator()
             self._await_ranks()
             self._sweep()
             self._write_end(why)
         outcome = self._outcome()
         return EXIT_CODES.get(outcome.status.value, 100), outcome.reason
+
+    def _end_coordinator(self) -> None:
+        """One that answers nobody may be frozen: it must not come back when its ranks have left."""
+        from ray import kill
+
+        kill(self.handle, no_restart=True)
 
     def _outcome(self) -> Outcome:
         return summarize(self.folder).outcome

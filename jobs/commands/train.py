@@ -42,7 +42,7 @@ def train(
     from jobs.opening import open_job
     from jobs.preparation import prepare_new, prepare_resume
     from jobs.progress import Progress
-    from jobs.session import run_session
+    from jobs.session import find_place, run_session
 
     more = list(overrides or [])
     if storage is not None:
@@ -52,11 +52,13 @@ def train(
 
         folder = open_run(Path(storage or "runs"), resume)
         opened = open_job(job or str(folder.job_file), more)
+        place = find_place(opened.job, address)
         prepared = prepare_resume(folder, opened.job, opened.layout)
     elif job is None:
         raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
     else:
         opened = open_job(job, more)
+        place = find_place(opened.job, address)
         prepared = prepare_new(opened.job, opened.layout)
 
     progress = Progress(prepared.folder.events_file, prepared.job, prepared.layout.world)
@@ -65,7 +67,7 @@ def train(
         progress.say(f"resuming run {prepared.folder.run_id} after step {prepared.resume_step}")
     else:
         progress.say(f"run {prepared.folder.run_id} in {prepared.folder.path}")
-    code, reason = run_session(prepared, address, progress)
+    code, reason = run_session(prepared, place, progress)
     if code not in (0, 103):
         _root_cause(prepared.folder)
     _summary(prepared.folder, reason, output)

@@ -139,7 +139,7 @@ class Drive:
         self.pids |= {found["coordinator_pid"], *found["pids"].values()}
         return found
 
-    # -- waiting --------------------------------------------------------------------------------------------------------
+    # -- waiting ------------------------------------------------------------------------------------------------------
 
     def wait(self, condition: Any, bound_s: float = 60.0) -> None:
         """Until it holds; a driver that has ended meanwhile fails at once, with its words."""
