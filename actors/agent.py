@@ -17,6 +17,7 @@ import ray
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from concertina.elastic.waits import BOUNDS
+from infra.processes import is_alive, start_time
 
 __all__ = ["NodeAgent"]
 
@@ -28,7 +29,7 @@ class NodeAgent:
 
     def __init__(self, reservation: str) -> None:
         self._reservation = reservation
-        self._pids: list[int] = []
+        self._started: dict[int, float] = {}  # pid -> when it began: pids are given out again
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
@@ -38,25 +39,28 @@ class NodeAgent:
 
     def renew(self, pids: list[int]) -> None:
         """The coordinator lives; these are the processes of its ranks on this node."""
-        self._pids = list(pids)
+        known = {pid: self._started.get(pid) or start_time(pid) for pid in pids}
+        self._started = {pid: started for pid, started in known.items() if started is not None}
         self._renewed = time.monotonic()
 
     def stopped(self, pid: int) -> bool:
         """Whether a process stands still (SIGSTOP, a debugger): proof, where its silence is only suspicion."""
-        return _state(pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        try:
+            return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except psutil.NoSuchProcess:
+            return False
 
     def end(self, pids: list[int]) -> None:
-        """Kill processes of ranks. A process that is gone already is what was wanted."""
+        """Kill processes of ranks. One that is gone already is what was wanted, also if another has its pid now."""
         for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            if pid in self._started and is_alive(pid, self._started[pid]):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _watch_lease(self) -> None:
         while not self._run_out():
             time.sleep(_LOOK_S)
-        self.end(self._pids)
+        self.end(list(self._started))
         with suppress(ValueError):  # given back already
             remove_placement_group(get_placement_group(self._reservation))
         os._exit(0)
@@ -66,14 +70,6 @@ class NodeAgent:
         silent_s = time.monotonic() - self._renewed
         if silent_s > BOUNDS["agent_lease"].seconds:
             return True
-        ranks_left = self._pids and not any(_state(pid) for pid in self._pids)
-        return bool(ranks_left) and silent_s > BOUNDS["coordinator_silence"].seconds
+        ranks_left = bool(self._started) and not any(is_alive(pid, at) for pid, at in self._started.items())
+        return ranks_left and silent_s > BOUNDS["coordinator_silence"].seconds
 
-
-def _state(pid: int) -> str:
-    """The kernel's word about a process; empty when it is gone."""
-    try:
-        status = psutil.Process(pid).status()
-    except psutil.NoSuchProcess:
-        return ""
-    return "" if status == psutil.STATUS_ZOMBIE else str(status)
