@@ -19,9 +19,33 @@ from ray.util.placement_group import get_placement_group, remove_placement_group
 from concertina.elastic.waits import BOUNDS
 from infra.processes import is_alive, start_time
 
-__all__ = ["NodeAgent"]
+__all__ = ["NodeAgent", "Wards"]
 
 _LOOK_S = 1.0
+
+
+class Wards:
+    """Processes that may be killed: known by pid and by when they began, for pids are given out again."""
+
+    def __init__(self) -> None:
+        self._started: dict[int, float] = {}
+
+    def are(self, pids: list[int]) -> None:
+        """These, from now on; those that have ended are left out."""
+        known = {pid: self._started.get(pid) or start_time(pid) for pid in pids}
+        self._started = {pid: started for pid, started in known.items() if started is not None}
+
+    @property
+    def all_gone(self) -> bool:
+        """Whether there were some, and none is left."""
+        return bool(self._started) and not any(is_alive(pid, at) for pid, at in self._started.items())
+
+    def end(self, pids: list[int] | None = None) -> None:
+        """Kill these, or all. One that is gone already is what was wanted; one never heard of is left alone."""
+        for pid, started in self._started.items():
+            if (pids is None or pid in pids) and is_alive(pid, started):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 class NodeAgent:
@@ -29,7 +53,7 @@ class NodeAgent:
 
     def __init__(self, reservation: str) -> None:
         self._reservation = reservation
-        self._started: dict[int, float] = {}  # pid -> when it began: pids are given out again
+        self._wards = Wards()
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
@@ -39,8 +63,7 @@ class NodeAgent:
 
     def renew(self, pids: list[int]) -> None:
         """The coordinator lives; these are the processes of its ranks on this node."""
-        known = {pid: self._started.get(pid) or start_time(pid) for pid in pids}
-        self._started = {pid: started for pid, started in known.items() if started is not None}
+        self._wards.are(pids)
         self._renewed = time.monotonic()
 
     def stopped(self, pid: int) -> bool:
@@ -51,16 +74,13 @@ class NodeAgent:
             return False
 
     def end(self, pids: list[int]) -> None:
-        """Kill processes of ranks. One that is gone already is what was wanted, also if another has its pid now."""
-        for pid in pids:
-            if pid in self._started and is_alive(pid, self._started[pid]):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        """Kill processes of ranks."""
+        self._wards.end(pids)
 
     def _watch_lease(self) -> None:
         while not self._run_out():
             time.sleep(_LOOK_S)
-        self.end(list(self._started))
+        self._wards.end()
         with suppress(ValueError):  # given back already
             remove_placement_group(get_placement_group(self._reservation))
         os._exit(0)
@@ -70,6 +90,4 @@ class NodeAgent:
         silent_s = time.monotonic() - self._renewed
         if silent_s > BOUNDS["agent_lease"].seconds:
             return True
-        ranks_left = bool(self._started) and not any(is_alive(pid, at) for pid, at in self._started.items())
-        return ranks_left and silent_s > BOUNDS["coordinator_silence"].seconds
-
+        return self._wards.all_gone and silent_s > BOUNDS["coordinator_silence"].seconds

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.agent import NodeAgent
-from tests.waiting import wait_until
+from actors.agent import Wards
 
 pytestmark = pytest.mark.unit
 
@@ -22,34 +21,24 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
     sleeper.wait()
 
 
-@pytest.fixture
-def agent(monkeypatch: pytest.MonkeyPatch) -> NodeAgent:
-    monkeypatch.setattr(NodeAgent, "_watch_lease", lambda self: None)  # it would end this process
-    return NodeAgent("reservation")
-
-
-def test_a_rank_it_was_told_of(agent: NodeAgent, process: subprocess.Popen[bytes]) -> None:
-    agent.renew([process.pid])
-    agent.end([process.pid])
+def test_a_rank_it_was_told_of(process: subprocess.Popen[bytes]) -> None:
+    wards = Wards()
+    wards.are([process.pid])
+    assert not wards.all_gone
+    wards.end()
     assert process.wait(10) == -9
+    assert wards.all_gone
 
 
-def test_not_a_process_it_was_never_told_of(agent: NodeAgent, process: subprocess.Popen[bytes]) -> None:
-    agent.end([process.pid])
+def test_not_a_process_it_was_never_told_of(process: subprocess.Popen[bytes]) -> None:
+    Wards().end([process.pid])
     assert process.poll() is None
 
 
-def test_not_another_process_with_the_same_pid(agent: NodeAgent, process: subprocess.Popen[bytes]) -> None:
-    agent.renew([process.pid])
-    agent._started[process.pid] -= 30.0  # as if the rank had begun earlier, and ended
-    agent.end([process.pid])
+def test_not_another_process_with_the_same_pid(process: subprocess.Popen[bytes]) -> None:
+    wards = Wards()
+    wards.are([process.pid])
+    wards._started[process.pid] -= 30.0  # as if the rank had begun earlier, and ended
+    wards.end([process.pid])
     assert process.poll() is None
-
-
-def test_a_stopped_process_is_proof(agent: NodeAgent, process: subprocess.Popen[bytes]) -> None:
-    assert not agent.stopped(process.pid)
-    process.send_signal(19)
-    wait_until(lambda: agent.stopped(process.pid), bound_s=10)
-    process.kill()
-    process.wait()
-    assert not agent.stopped(process.pid)
+    assert wards.all_gone
