@@ -1,0 +1,52 @@
+"""Does the README's table of measured results say what the result files say?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import Row
+from docs.generate import AWAITED, results_table, table_in
+from tests.house.tree import ROOT
+
+pytestmark = pytest.mark.unit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write(path: Path, rows: list[Row], dirty: bool = False) -> None:
+    versions = {"git": {"commit": COMMIT, "dirty": dirty}}
+    path.write_text(json.dumps({"versions": versions, "rows": [row.document() for row in rows]}))
+
+
+def test_the_readme_says_what_the_files_say() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table_in(page, "results") == results_table(), "run `python -m docs.generate`"
+
+
+def test_rows_with_a_goal_have_their_commit_and_link(tmp_path: Path) -> None:
+    good = Row.of("against a peer", "ratio", [1.31, 1.29, 1.3], 1.25)
+    missed = Row.of("share of the GEMM rate", "ratio", [0.7], 0.75, reason="memory bound")
+    write(tmp_path / "throughput_2core_202611.json", [good, missed, Row.of("raw", "tokens/s", [4200.0])])
+    rows = results_table(tmp_path).splitlines()[2:]
+    assert len(rows) == 2
+    assert "| 1.30 x | 1.25 x | yes |" in rows[0]
+    assert "`0123456`" in rows[0]
+    assert "[3](benchmarks/results/throughput_2core_202611.json)" in rows[0]
+    assert "no: memory bound" in rows[1]
+
+
+def test_the_newest_result_of_a_question_and_machine_counts(tmp_path: Path) -> None:
+    write(tmp_path / "throughput_2core_202611.json", [Row.of("old", "ratio", [1.0], 1.0)])
+    write(tmp_path / "throughput_2core_202701.json", [Row.of("new", "ratio", [1.1], 1.0)], dirty=True)
+    write(tmp_path / "throughput_h200_202611.json", [Row.of("elsewhere", "ratio", [1.2], 1.0)])
+    table = results_table(tmp_path)
+    assert "old" not in table
+    assert "with changes" in table
+    assert "elsewhere" in table
+
+
+def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
+    assert results_table(tmp_path).count("not measured yet") == len(AWAITED)
