@@ -5,6 +5,7 @@ Everything that can be wrong with the input is found here.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from concertina.track.run import DataFacts, RunFolder, create_run
 from concertina.track.status import refuse_living
 from concertina.track.summary import summarize
 
-__all__ = ["Prepared", "prepare_new", "prepare_resume"]
+__all__ = ["Prepared", "forget", "prepare_new", "prepare_resume"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout) -> Prepared:
     folder.write_job(job)
     generation = summarize(folder).shape.generation + 1
     return Prepared(job, layout, folder, corpus, chosen, step, generation)
+
+
+def forget(prepared: Prepared) -> None:
+    """Remove a new run's folder in which nothing has happened: no cluster came up, or a person changed their mind."""
+    if prepared.resume_from is None and not prepared.folder.events_file.exists():
+        shutil.rmtree(prepared.folder.path, ignore_errors=True)
 
 
 def _newest_sound(checkpoints: list[Path]) -> Path:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from concertina.config import Job
 from concertina.errors import UserError
-from jobs.preparation import Prepared
+from jobs.preparation import Prepared, forget
 from jobs.progress import Progress
 from jobs.signals import Signals
 from jobs.watch import Watch
@@ -42,17 +42,21 @@ def find_place(job: Job, address: str | None) -> Place:
 
 def run_session(prepared: Prepared, place: Place, progress: Progress) -> tuple[int, str]:
     """Train to the end of the session; (exit code, reason). Ctrl-C stops with a checkpoint, a second one at once."""
-    with _cluster(prepared.job, place, progress) as access:
-        access.connect(f"concertina-{prepared.folder.run_id}")
-        import ray
-
-        signals = Signals()
+    with ExitStack() as stack:
         try:
-            with signals.caught():  # not before: ray.init installs a handler of its own
-                handle = _start_coordinator(_plan(prepared))
-                return Watch(handle, prepared.folder, progress, signals).until_over()
-        finally:
-            ray.shutdown()
+            with Signals.raised():
+                access = stack.enter_context(_cluster(prepared.job, place, progress))
+                access.connect(f"concertina-{prepared.folder.run_id}")
+            import ray
+
+            stack.callback(ray.shutdown)
+            signals = Signals()
+            stack.enter_context(signals.caught())  # not before: ray.init installs a handler of its own
+            handle = _start_coordinator(_plan(prepared))
+        except BaseException:
+            forget(prepared)
+            raise
+        return Watch(handle, prepared.folder, progress, signals).until_over()
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 __all__ = ["Signals"]
@@ -30,12 +30,25 @@ class Signals:
         self.count += 1
         self.name = self.name or _NAMES[signal.Signals(number)]
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self) -> AbstractContextManager[None]:
         """Counted inside; as before outside."""
-        before = {number: signal.signal(number, self._on) for number in _NAMES}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return _handled(self._on)
+
+    @staticmethod
+    def raised() -> AbstractContextManager[None]:
+        """Inside, both raise KeyboardInterrupt: nothing has begun that would have to end in order."""
+        return _handled(_interrupt)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in _NAMES}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
