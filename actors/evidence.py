@@ -11,7 +11,7 @@ import time
 
 from actors.book import Book
 from actors.hands import Hands, Member
-from concertina.elastic.blame import Blame
+from concertina.elastic.blame import FROZE, Blame
 from concertina.elastic.channel.server import ChannelServer, Silence
 from concertina.elastic.waits import BOUNDS
 
@@ -48,9 +48,9 @@ class Evidence:
         self._away.pop(member.rank, None)
         where = f"at step {silence.step}, {silence.phase}"
         if silence.suspicious and self.hands.is_stopped(member):
-            self._lose(member.rank, f"it froze: its process {member.pid} is stopped, {where}")
+            self._lose(member.rank, f"{FROZE}: its process {member.pid} is stopped, {where}")
         elif silence.seconds > busy_s:
-            self._lose(member.rank, f"it froze: silent for {silence.seconds:.0f} s, {where}")
+            self._lose(member.rank, f"{FROZE}: silent for {silence.seconds:.0f} s, {where}")
 
     def _lose(self, rank: int, why: str) -> None:
         if rank not in self.book.finished and rank not in self.book.lost:

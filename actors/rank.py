@@ -23,7 +23,7 @@ from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.messages import Control, Message, RankError, Started, encode
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
-from concertina.parallel.failures import is_communication_failure
+from concertina.parallel.failures import in_one_line, is_communication_failure
 from concertina.parallel.groups import GroupOptions, connect_store, form_groups
 from concertina.train.loop import CHECKPOINT, STOP, Loop
 from concertina.train.standalone import build_engine
@@ -166,7 +166,7 @@ def _report(rank: int, error: Exception) -> RankError:
     return RankError(
         rank=rank,
         kind_of_error=type(error).__name__,
-        message=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        message=in_one_line(error),
         traceback="".join(traceback.format_exception(error)),
         exit_code=error.exit_code if isinstance(error, ConcertinaError) else 1,
         secondary=is_communication_failure(error),

@@ -133,7 +133,7 @@ def check_storage(storage: Path) -> Check:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        remedy = "set storage_path (or --storage-path) to a folder you may write to"
+        remedy = "set storage_path (or --storage) to a folder you may write to"
         return Check("storage", Status.FAIL, f"{place}: {error.strerror}", remedy)
     return Check("storage", Status.OK, f"{storage.absolute()} can be written")
 

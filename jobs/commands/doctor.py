@@ -16,7 +16,7 @@ __all__ = ["doctor"]
 
 
 def doctor(
-    storage_path: Annotated[str, typer.Option(metavar="FOLDER", help="Where runs will live.")] = "runs",
+    storage: Annotated[str, typer.Option(help="Folder of runs.")] = "runs",
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URI", show_default="sqlite in that folder", help="MLflow's store.")
     ] = None,
@@ -34,7 +34,7 @@ def doctor(
     from jobs.checkup import Status, check_all
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    checks = check_all(Path(storage_path), uri, os.environ)
+    checks = check_all(Path(storage), uri, os.environ)
     usable = all(check.status is not Status.FAIL for check in checks)
     if output is Output.JSON:
         print_json({"usable": usable, "checks": [asdict(check) for check in checks]})

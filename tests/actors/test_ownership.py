@@ -158,7 +158,7 @@ def test_frozen_rank_is_named_and_ended(start: Start, nothing_left: NothingLeft)
     drive.reaches(3)
     rank = drive.journal()["pids"]["0"]
     os.kill(rank, signal.SIGSTOP)
-    fails(drive, rf"rank 0 died: it froze: its process {rank} is stopped, at step \d+")
+    fails(drive, rf"rank 0 froze: its process {rank} is stopped, at step \d+")
     nothing_left(drive)
 
 

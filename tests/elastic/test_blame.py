@@ -78,6 +78,7 @@ def test_a_rank_that_spoke_and_then_vanished_is_judged_by_what_it_said() -> None
         ("killed for memory (connection reset)", "out_of_memory"),
         ("its process was killed (SIGKILL, out of memory, or a crash) (connection reset)", "killed"),
         ("its process does not answer", "killed"),
+        ("froze: silent for 30 s", "frozen"),
     ],
 )
 def test_out_of_memory_only_where_that_is_known(why: str, reason: str) -> None:

@@ -54,7 +54,7 @@ def test_storage_that_is_not_there_yet_is_left_not_there(tmp_path: Path) -> None
 def test_storage_that_cannot_be_written() -> None:
     check = checkup.check_storage(Path("/proc/runs"))
     assert check.status is Status.FAIL
-    assert "--storage-path" in check.remedy
+    assert "--storage" in check.remedy
 
 
 def test_a_database_in_use_and_a_broken_one(tmp_path: Path) -> None:

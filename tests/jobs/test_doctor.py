@@ -17,7 +17,7 @@ def doctor(*words: str) -> int:
 
 
 def test_this_machine_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = doctor("--storage-path", str(tmp_path / "runs"), "-o", "json")
+    code = doctor("--storage", str(tmp_path / "runs"), "-o", "json")
     report = json.loads(capsys.readouterr().out)
     found = {check["name"]: check for check in report["checks"]}
     assert found["gloo"]["status"] == "ok"
@@ -29,7 +29,7 @@ def test_this_machine_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_storage_that_cannot_be_written_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor("--storage-path", "/proc/runs") == 1
+    assert doctor("--storage", "/proc/runs") == 1
     text = capsys.readouterr().out
     assert "fail  storage " in text
     assert "-> set storage_path" in text

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from concertina.errors import CheckpointError
 from concertina.layout import Layout
 from concertina.parallel.collectives import all_gather_into, all_reduce_sum, all_to_all_v, reduce_scatter_sum
-from concertina.parallel.failures import is_communication_failure
+from concertina.parallel.failures import in_one_line, is_communication_failure
 from concertina.parallel.groups import GroupOptions, connect_store, form_groups
 from tests.distributed import form, listening_store, run_distributed
 
@@ -117,3 +117,24 @@ def test_of_the_ranks_own_work(error: BaseException) -> None:
 def test_a_wrong_call_is_the_ranks_own_work() -> None:
     blamed, text = broken(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
     assert not blamed, text
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError(
+                "[/w/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:37566. "
+                "This is typically caused by a remote worker crashing. GLHF!"
+            ),
+            "Connection closed by peer [127.0.0.1]:37566",
+        ),
+        (
+            RuntimeError("[a list] is what I was given. It is wrong.\nmore"),
+            "[a list] is what I was given. It is wrong.",
+        ),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_person_reads_one_line(error: Exception, line: str) -> None:
+    assert in_one_line(error) == line

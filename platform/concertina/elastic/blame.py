@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 from concertina.elastic.messages import RankError
 
-__all__ = ["KILLED_FOR_MEMORY", "Blame", "find_blame"]
+__all__ = ["FROZE", "KILLED_FOR_MEMORY", "Blame", "find_blame"]
 
 KILLED_FOR_MEMORY = "killed for memory"
 """How the reason of a loss begins where memory is known to be the cause, and not one of several that may be."""
 
 
+FROZE = "froze"
+"""How the reason begins where the rank's process is there and does nothing."""
+
+
 @dataclass(frozen=True)
 class Blame:
-    """The root cause. `reason` is one of `raised`, `user_error`, `killed`, `out_of_memory`, `lost`."""
+    """The root cause. `reason` is one of `raised`, `user_error`, `killed`, `out_of_memory`, `frozen`, `lost`."""
 
     rank: int
     reason: str
@@ -40,6 +44,8 @@ def find_blame(errors: list[RankError], lost: dict[int, str]) -> Blame | None:
     if silent:
         rank = silent[0]
         why = lost[rank]
+        if why.startswith(FROZE):
+            return Blame(rank, "frozen", why, "")
         reason = "out_of_memory" if why.startswith(KILLED_FOR_MEMORY) else "killed"
         return Blame(rank, reason, f"died: {why}", "")
     if errors:

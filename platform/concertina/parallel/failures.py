@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import torch.distributed as dist
 
-__all__ = ["is_communication_failure"]
+__all__ = ["in_one_line", "is_communication_failure"]
 
 # Gloo raises plain RuntimeErrors; these are the only marks its messages share: its own source files, a socket's end.
 _MARKS = (
@@ -22,3 +24,12 @@ def is_communication_failure(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, for a person: its first line, of gloo's only the clause that says what happened."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not is_communication_failure(error):
+        return first
+    said = re.sub(r"^\[[^\]]*\]\s*", "", first)  # the source file of gloo it comes from
+    return re.split(r"\. (?=[A-Z])", said)[0].rstrip(".")
