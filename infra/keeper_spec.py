@@ -36,6 +36,7 @@ def ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),  # never ~/.ray/auth_token, which is the user's
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # 15 as Ray has it: ranks would yield to whatever else the machine does
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else ray.init prints a warning about its future default
     }
 
