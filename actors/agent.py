@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -36,6 +37,10 @@ class Wards:
         self._started = {pid: started for pid, started in known.items() if started is not None}
 
     @property
+    def pids(self) -> list[int]:
+        return list(self._started)
+
+    @property
     def all_gone(self) -> bool:
         """Whether there were some, and none is left."""
         return bool(self._started) and not any(is_alive(pid, at) for pid, at in self._started.items())
@@ -53,7 +58,7 @@ class NodeAgent:
 
     def __init__(self, reservation: str) -> None:
         self._reservation = reservation
-        self._wards = Wards()
+        self._wards, self._coordinator = Wards(), Wards()
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
@@ -61,9 +66,10 @@ class NodeAgent:
         """Where this agent is."""
         return {"pid": os.getpid(), "address": ray.util.get_node_ip_address()}
 
-    def renew(self, pids: list[int]) -> None:
-        """The coordinator lives; these are the processes of its ranks on this node."""
+    def renew(self, pids: list[int], host: str = "", coordinator: int = 0) -> None:
+        """The coordinator lives, there and with that pid; these are the processes of its ranks on this node."""
         self._wards.are(pids)
+        self._coordinator.are([coordinator] if host == socket.gethostname() else [])
         self._renewed = time.monotonic()
 
     def stopped(self, pid: int) -> bool:
@@ -80,14 +86,22 @@ class NodeAgent:
     def _watch_lease(self) -> None:
         while not self._run_out():
             time.sleep(_LOOK_S)
+            self._end_frozen_coordinator()
         self._wards.end()
         with suppress(ValueError):  # given back already
             remove_placement_group(get_placement_group(self._reservation))
         os._exit(0)
 
+    def _end_frozen_coordinator(self) -> None:
+        if self._silent_s > BOUNDS["coordinator_frozen"].seconds:
+            self._coordinator.end([pid for pid in self._coordinator.pids if self.stopped(pid)])
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._renewed
+
     def _run_out(self) -> bool:
         """Ranks without a coordinator leave by themselves; the lease is for those that do not."""
-        silent_s = time.monotonic() - self._renewed
-        if silent_s > BOUNDS["agent_lease"].seconds:
+        if self._silent_s > BOUNDS["agent_lease"].seconds:
             return True
-        return self._wards.all_gone and silent_s > BOUNDS["coordinator_silence"].seconds
+        return self._wards.all_gone and self._silent_s > BOUNDS["coordinator_silence"].seconds

@@ -6,6 +6,8 @@ One placement group a node, detached and named, as are all actors: what a plain 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,7 +166,7 @@ class Hands:
     def renew_leases(self) -> None:
         """Tell every agent that the coordinator lives. Does not wait."""
         for node_id, agent in self.agents.items():
-            agent.renew.remote(self._pids(node_id))
+            agent.renew.remote(self._pids(node_id), socket.gethostname(), os.getpid())
 
     def _pids(self, node_id: str) -> list[int]:
         return [m.pid for m in self.members.values() if m.node_id == node_id and m.pid]

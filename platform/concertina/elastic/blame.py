@@ -11,7 +11,6 @@ __all__ = ["FROZE", "KILLED_FOR_MEMORY", "Blame", "find_blame"]
 KILLED_FOR_MEMORY = "killed for memory"
 """How the reason of a loss begins where memory is known to be the cause, and not one of several that may be."""
 
-
 FROZE = "froze"
 """How the reason begins where the rank's process is there and does nothing."""
 

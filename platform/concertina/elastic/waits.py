@@ -54,6 +54,7 @@ _TABLE = [
     Bound("evidence_of_others", "coordinator", 5, "a rank that lost its peers is blamed, for want of a better"),
     # Somebody is gone
     Bound("driver_silence", "coordinator", 10, "the run stops with a checkpoint"),
+    Bound("coordinator_frozen", "agent", 12, "a coordinator whose process stands still is ended: Ray starts it again"),
     Bound("coordinator_silence", "rank", 25, "the rank stops with a checkpoint and leaves"),
     # The end
     Bound("last_checkpoint", "rank", 15, "the rank leaves without it"),
@@ -87,6 +88,7 @@ ORDER = [
     Outlasts(
         "coordinator_silence", ("channel_unanswered",), "a broken connection is replaced before its rank gives up"
     ),
+    Outlasts("coordinator_silence", ("coordinator_frozen",), "a frozen coordinator is replaced before ranks give up"),
     Outlasts("collective", ("silence_busy", "evidence_of_others"), "suspicion comes before the collective's end"),
     Outlasts("silence", ("channel_connect",), "one missed attempt is no silence"),
     Outlasts("silence_busy", ("silence",), "who is busy has more time"),
