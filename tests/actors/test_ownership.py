@@ -94,6 +94,20 @@ def test_killed_before_the_ranks_had_formed_it_begins_anew(start: Start, nothing
 
 
 @pytest.mark.soak
+def test_frozen_coordinator_is_replaced(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS)
+    drive.reaches(3)
+    frozen = drive.journal()["coordinator_pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    drive.wait(lambda: drive.journal()["coordinator_pid"] != frozen)
+    drive.said("training: the coordinator restarted")
+    drive.send(signal.SIGINT)
+    assert drive.ends() == 103, drive.err
+    assert newest(drive) == list(drive.steps())[-1]
+    nothing_left(drive)
+
+
+@pytest.mark.soak
 def test_a_coordinator_gone_for_good_its_ranks_leave_a_checkpoint(start: Start, nothing_left: NothingLeft) -> None:
     drive = start("--set", ENDLESS, "--set", "checkpoint.every_steps=100000")
     drive.reaches(3)
