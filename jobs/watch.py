@@ -36,7 +36,6 @@ class Watch:
     def __init__(self, handle: Any, folder: RunFolder, progress: Progress, signals: Signals) -> None:
         self.handle, self.folder = handle, folder
         self.progress, self.signals = progress, signals
-        self._trains = False
 
     def until_over(self) -> tuple[int, str]:
         """(exit code, reason), once everything of the run has been given back."""
@@ -68,7 +67,6 @@ class Watch:
             self._show()
             try:
                 status: Status = get(answer, timeout=0)
-                self._trains = status.state.value in ("training", "checkpointing")
                 return status
             except ActorUnavailableError:
                 time.sleep(POLL_S)
@@ -81,7 +79,7 @@ class Watch:
     def _show(self) -> None:
         self.progress.look()
         news = self.signals.news
-        if news and not self._trains:
+        if news and not self.progress.productive_s:  # no step yet that a checkpoint could keep
             self.progress.say("stopping")
         elif news == 1:
             self.progress.say("stopping with a checkpoint at the end of this step; once more to stop at once")

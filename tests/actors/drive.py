@@ -141,7 +141,7 @@ class Drive:
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
-    def wait(self, condition: Any, bound_s: float = 60.0) -> None:
+    def wait(self, condition: Any, bound_s: float = 150.0) -> None:
         """Until it holds; a driver that has ended meanwhile fails at once, with its words."""
 
         def holds() -> bool:
@@ -165,7 +165,7 @@ class Drive:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def ends(self, bound_s: float = 60.0) -> int:
+    def ends(self, bound_s: float = 150.0) -> int:
         """Its exit code."""
         return self.process.wait(bound_s)
 
