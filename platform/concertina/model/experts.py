@@ -1,7 +1,8 @@
 """What do the experts compute? SwiGLU for rows grouped by expert, by the kernel that measures fastest on the device.
 
 Shapes: R rows in expert order, E experts held here, D hidden, F width of an expert.
-`w13` [E, 2, F, D] and `w2` [E, D, F]: a cut over experts or over F is one box.
+`w13` [E, D, 2, F] and `w2` [E, F, D]: a cut over experts or over F is one box, and weight gradients come out in the
+orientation that multiplies fastest (x^T dh, 256 by 1024, is 5 % faster than its transpose on a CPU).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows [R, D], counts [E] int64, w13 [E, 2F, D], w2 [E, D, F]) to rows [R, D]."""
+"""(rows [R, D], counts [E] int64, w13 [E, D, 2F], w2 [E, F, D]) to rows [R, D]."""
 
 
 def row_blocks(counts_E: Tensor) -> list[tuple[int, int]]:
@@ -42,28 +43,31 @@ def row_blocks(counts_E: Tensor) -> list[tuple[int, int]]:
 def experts_loop(x_RD: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """One expert after the other, plain autograd, any dtype: the oracle of every other kernel."""
     outputs = [
-        linear(swiglu(linear(x_RD[start:stop], w13[expert])), w2[expert])
+        linear(swiglu(linear(x_RD[start:stop], w13[expert].t())), w2[expert].t())
         for expert, (start, stop) in enumerate(row_blocks(counts_E))
     ]
     return torch.cat(outputs)
 
 
 class _Blocks(torch.autograd.Function):
-    """Contiguous row blocks, one product each, written straight into their place; the backward by hand."""
+    """Contiguous row blocks, each product written straight into its place; the backward by hand.
+
+    All views are cut before the loops: between two products the interpreter runs on cold caches, and a line costs ten
+    times what it costs elsewhere.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-        blocks = row_blocks(counts_E)
-        h_R2F = x_RD.new_empty(x_RD.shape[0], w13.shape[1])
-        silu_RF = x_RD.new_empty(x_RD.shape[0], w2.shape[2])
-        y_RD = torch.empty_like(x_RD)
-        for expert, (start, stop) in enumerate(blocks):
-            h, silu = h_R2F[start:stop], silu_RF[start:stop]
-            torch.mm(x_RD[start:stop], w13[expert].t(), out=h)
-            gate, up = h.chunk(2, -1)
+        counts = counts_E.tolist()
+        h_R2F, y_RD = x_RD.new_empty(x_RD.shape[0], w13.shape[2]), torch.empty_like(x_RD)
+        silu_RF = x_RD.new_empty(x_RD.shape[0], w2.shape[1])
+        gate_RF, up_RF = h_R2F.chunk(2, -1)
+        rows = (tensor.split(counts) for tensor in (x_RD, h_R2F, gate_RF, up_RF, silu_RF, y_RD))
+        for x, h, gate, up, silu, y, first, second in zip(*rows, w13.unbind(), w2.unbind(), strict=True):
+            torch.mm(x, first, out=h)
             torch.ops.aten.silu.out(gate, out=silu)
-            torch.mm(silu * up, w2[expert].t(), out=y_RD[start:stop])
-        ctx.blocks = blocks
+            torch.mm(silu * up, second, out=y)
+        ctx.counts = counts
         ctx.save_for_backward(x_RD, w13, w2, h_R2F, silu_RF)
         return y_RD
 
@@ -71,21 +75,23 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         x_RD, w13, w2, h_R2F, silu_RF = ctx.saved_tensors
         dx_RD, dw13, dw2 = torch.empty_like(x_RD), torch.empty_like(w13), torch.empty_like(w2)
-        longest = max((stop - start for start, stop in ctx.blocks), default=0)
-        dh_buffer = h_R2F.new_empty(longest, h_R2F.shape[1])
-        da_buffer = silu_RF.new_empty(longest, silu_RF.shape[1])
-        for expert, (start, stop) in enumerate(ctx.blocks):
-            rows = slice(start, stop)
-            dy, silu, (gate, up) = grads[0][rows], silu_RF[rows], h_R2F[rows].chunk(2, -1)
-            da, dh = da_buffer[: stop - start], dh_buffer[: stop - start]
+        longest = max(ctx.counts, default=0)
+        # One block's gradients fit in cache; those of all rows would not.
+        dh_block, act_block = x_RD.new_empty(longest, w13.shape[2]), x_RD.new_empty(longest, w2.shape[1])
+        rows = (tensor.split(ctx.counts) for tensor in (grads[0], dx_RD, silu_RF, *h_R2F.chunk(2, -1)))
+        weights = (w.unbind() for w in (w13.transpose(1, 2), w2.transpose(1, 2), dw13, dw2))
+        for dy, dx, silu, gate, up, x_t, first_t, second_t, dfirst, dsecond in zip(
+            *rows, x_RD.t().split(ctx.counts, 1), *weights, strict=True
+        ):
+            act, dh = act_block[: len(dy)], dh_block[: len(dy)]
             dgate, dup = dh.chunk(2, -1)
-            torch.mul(silu, up, out=da)
-            torch.mm(dy.t(), da, out=dw2[expert])
-            torch.mm(dy, w2[expert], out=da)
-            torch.mul(da, silu, out=dup)
-            torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
-            torch.mm(dh.t(), x_RD[rows], out=dw13[expert])
-            torch.mm(dh, w13[expert], out=dx_RD[rows])
+            torch.mul(silu, up, out=act)
+            torch.mm(act.t(), dy, out=dsecond)
+            torch.mm(dy, second_t, out=act)
+            torch.mul(act, silu, out=dup)
+            torch.ops.aten.silu_backward.grad_input(act.mul_(up), gate, grad_input=dgate)
+            torch.mm(x_t, dh, out=dfirst)
+            torch.mm(dh, first_t, out=dx)
         return dx_RD, None, dw13, dw2
 
 
@@ -95,10 +101,9 @@ def experts_blocks(x_RD: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> T
 
 
 def experts_grouped_mm(x_RD: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """Three grouped products; counts stay on the device. bfloat16 on CUDA."""
+    """Two grouped products; counts stay on the device. bfloat16 on CUDA."""
     offsets = counts_E.cumsum(0).to(torch.int32)
-    h_R2F = F.grouped_mm(x_RD, w13.transpose(1, 2), offs=offsets)
-    return F.grouped_mm(swiglu(h_R2F), w2.transpose(1, 2), offs=offsets)
+    return F.grouped_mm(swiglu(F.grouped_mm(x_RD, w13, offs=offsets)), w2, offs=offsets)
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> ExpertKernel:
@@ -121,12 +126,12 @@ class Experts(Part):
         model = build.model
         start, stop = build.experts
         width, hidden = model.moe_intermediate_size, model.hidden_size
-        first = Box((start, 0, 0, 0), (stop, 2, width, hidden))
-        second = Box((start, 0, 0), (stop, hidden, width))
-        self._declare("w13", (model.num_experts, 2, width, hidden), box=first)
-        self._declare("w2", (model.num_experts, hidden, width), box=second)
+        first = Box((start, 0, 0, 0), (stop, hidden, 2, width))
+        second = Box((start, 0, 0), (stop, width, hidden))
+        self._declare("w13", (model.num_experts, hidden, 2, width), box=first)
+        self._declare("w2", (model.num_experts, width, hidden), box=second)
         self._kernel = choose_kernel(build.device, build.dtype)
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows in expert order, `counts_E` [local experts] int64 on the rows' device."""
-        return self._kernel(x_RD, counts_E, self.w13.flatten(1, 2), self.w2)
+        return self._kernel(x_RD, counts_E, self.w13.flatten(2, 3), self.w2)

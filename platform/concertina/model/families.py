@@ -25,12 +25,18 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Piece:
-    """`theirs`, of `shape`, is `ours[index]` reshaped."""
+    """`theirs`, of `shape`, is `ours[index]` with its dimensions in `order` (absent: as they are), reshaped."""
 
     theirs: str
     ours: str
     index: Index
     shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+
+    def part(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The view of ours that holds theirs."""
+        part = tensors[self.ours][self.index]
+        return part if self.order is None else part.permute(self.order)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -142,15 +148,16 @@ def _moe(model: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[Pi
     experts, width, hidden = model.num_experts, model.moe_intermediate_size, model.hidden_size
     yield Piece(f"{theirs}.gate.weight", f"{ours}.router", (), (experts, hidden))
     if fused:
-        yield Piece(f"{theirs}.experts.gate_up_proj", f"{ours}.experts.w13", (), (experts, 2 * width, hidden))
-        yield Piece(f"{theirs}.experts.down_proj", f"{ours}.experts.w2", (), (experts, hidden, width))
+        w13_shape, w2_shape = (experts, 2 * width, hidden), (experts, hidden, width)
+        yield Piece(f"{theirs}.experts.gate_up_proj", f"{ours}.experts.w13", (), w13_shape, (0, 2, 3, 1))
+        yield Piece(f"{theirs}.experts.down_proj", f"{ours}.experts.w2", (), w2_shape, (0, 2, 1))
     else:
         names = ("w1", "w3", "w2") if "block_sparse_moe" in theirs else ("gate_proj", "up_proj", "down_proj")
         for expert in range(experts):
             gate, up, down = (f"{theirs}.experts.{expert}.{name}.weight" for name in names)
-            yield Piece(gate, f"{ours}.experts.w13", (expert, 0), (width, hidden))
-            yield Piece(up, f"{ours}.experts.w13", (expert, 1), (width, hidden))
-            yield Piece(down, f"{ours}.experts.w2", (expert,), (hidden, width))
+            yield Piece(gate, f"{ours}.experts.w13", (expert, ALL, 0), (width, hidden), (1, 0))
+            yield Piece(up, f"{ours}.experts.w13", (expert, ALL, 1), (width, hidden), (1, 0))
+            yield Piece(down, f"{ours}.experts.w2", (expert,), (hidden, width), (1, 0))
     if model.shared_expert_intermediate_size:
         shared = model.shared_expert_intermediate_size
         yield from _mlp(model, f"{theirs}.shared_expert", f"{ours}.shared", shared)
@@ -165,10 +172,10 @@ def import_tensors(table: list[Piece], theirs: Mapping[str, Tensor], into: Mappi
         raise NotFoundError(f"{len(missing)} tensors are missing, the first is {missing[0]}", missing=missing)
     with torch.no_grad():
         for piece in table:
-            part = into[piece.ours][piece.index]
+            part = piece.part(into)
             part.copy_(theirs[piece.theirs].reshape(part.shape))
 
 
 def export_tensors(table: list[Piece], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors by name, copied from our whole global tensors."""
-    return {piece.theirs: ours[piece.ours][piece.index].reshape(piece.shape).clone() for piece in table}
+    return {piece.theirs: piece.part(ours).reshape(piece.shape).clone() for piece in table}

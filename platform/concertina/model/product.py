@@ -2,8 +2,8 @@
 
 Measured in fp32 on one core of an AMD EPYC (Zen 4, AVX-512): with operands that are not in cache, as in a model, x w^T
 and dy w run at 101 to 106 GFLOP/s in oneDNN and at 90 to 97 in MKL, which torch.mm calls; dy^T x is better left to MKL.
-oneDNN prepares a kernel for every shape it meets (0.3 to 1 ms), so only products of fixed shape come here; the experts'
-row counts change with every step, and there it wins nothing even with rounded counts.
+oneDNN prepares a kernel for every shape it meets (0.3 to 1 ms), so only products of fixed shape come here: the experts'
+row counts change with every step, and rounding them up gives back what the faster kernel wins.
 The choice depends on nothing but the machine and the dtype, so it is the same in every run. No gradient flows here.
 Shapes: M rows, I inner, O out.
 """
