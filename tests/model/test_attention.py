@@ -16,20 +16,15 @@ from tests.model.errors import error
 pytestmark = pytest.mark.unit
 
 
-def inputs(length: int, kv: int, group: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Rotation]:
-    """q, k, v as views of one tensor, as the projection makes them."""
+def inputs(length: int, kv: int, group: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Rotation]:
+    """Packed heads and their rotation."""
     generator = torch.Generator().manual_seed(length)
     qkv = torch.randn(2, length, kv, group + 2, width, generator=generator, dtype=dtype)
-    q, k, v = qkv.split([group, 1, 1], dim=3)
-    leaves = (
-        q.detach().requires_grad_(),
-        k.squeeze(3).detach().requires_grad_(),
-        v.squeeze(3).detach().requires_grad_(),
-    )
-    return *leaves, rotation(torch.arange(length), width, 10000.0, dtype)
+    return qkv.requires_grad_(), rotation(torch.arange(length), width, 10000.0, dtype)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, turn: Rotation) -> Tensor:
+def written_out(qkv: Tensor, turn: Rotation) -> Tensor:
+    q, k, v = qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
     q, k = rotate(q, turn), rotate(k, turn)
     scores = torch.einsum("bsngc,btnc->bngst", q, k) / math.sqrt(q.shape[-1])
     future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
@@ -41,25 +36,24 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, turn: Rotation) -> Tensor:
     ("length", "kv", "group", "width"), [(1, 1, 1, 2), (37, 2, 3, 8), (64, 4, 1, 4), (150, 2, 2, 16)]
 )
 def test_kernels_equal_the_definition(kernel: object, length: int, kv: int, group: int, width: int) -> None:
-    *leaves, turn = inputs(length, kv, group, width, torch.float64)
-    ours, expected = kernel(*leaves, turn), written_out(*leaves, turn)  # type: ignore[operator]
+    qkv, turn = inputs(length, kv, group, width, torch.float64)
+    ours, expected = kernel(qkv, turn), written_out(qkv, turn)  # type: ignore[operator]
     assert error(ours, expected) < 1e-13
     dy = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    gradients = zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
-    assert max(error(a, b) for a, b in gradients) < 1e-12
+    assert error(*torch.autograd.grad(ours, qkv, dy), *torch.autograd.grad(expected, qkv, dy)) < 1e-12
 
 
 @pytest.mark.parametrize("length", [128, LONGEST + 1])
 def test_fp32_is_close_on_both_sides_of_the_switch(length: int) -> None:
-    *leaves, turn = inputs(length, 1, 2, 8, torch.float32)
-    wide = [leaf.detach().to(torch.float64) for leaf in leaves]
-    expected = written_out(*wide, rotation(torch.arange(length), 8, 10000.0, torch.float64))
-    assert error(attend(*leaves, turn), expected) < 1e-4  # angles of fp32 at position 1000
+    qkv, turn = inputs(length, 1, 2, 8, torch.float32)
+    expected = written_out(qkv.detach().to(torch.float64), rotation(torch.arange(length), 8, 10000.0, torch.float64))
+    assert error(attend(qkv, turn).detach(), expected) < 1e-4  # angles of fp32 at position 1000
 
 
 def test_bfloat16_goes_to_sdpa() -> None:
-    *leaves, turn = inputs(16, 2, 2, 8, torch.bfloat16)
-    out = attend(*leaves, turn)
+    qkv, turn = inputs(16, 2, 2, 8, torch.bfloat16)
+    out = attend(qkv, turn)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
-    assert all(leaf.grad is not None and leaf.grad.dtype == torch.bfloat16 for leaf in leaves)
+    assert qkv.grad is not None
+    assert qkv.grad.dtype == torch.bfloat16

@@ -1,7 +1,7 @@
 """How do tokens of one sequence see each other? Causal grouped-query attention in three steps: project, core, output.
 
 Shapes: B sequences, S positions, T = B * S tokens, D hidden, N key-value heads, G query heads of each, C width of a
-head. One tensor holds query, key and value weights, grouped by key-value head, so that a cut over heads is one box.
+head, H = G + 2. One tensor holds query, key and value weights, grouped by key-value head: a cut over heads is one box.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ from concertina.model.rope import Rotation, rotate
 __all__ = ["Attention", "attend", "core"]
 
 
-def attend(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor, turn: Rotation) -> Tensor:
-    """Rotate queries and keys, attend causally, by the kernel that measures fastest: [B, S, N, G, C]."""
-    narrow = q_BSNGC.dtype in (torch.float32, torch.float64)
-    if q_BSNGC.device.type == "cpu" and narrow and q_BSNGC.shape[1] <= LONGEST:
-        return attend_in_blocks(q_BSNGC, k_BSNC, v_BSNC, turn)
-    return core(q_BSNGC, k_BSNC, v_BSNC, turn)
+def attend(qkv_BSNHC: Tensor, turn: Rotation) -> Tensor:
+    """Rotate queries and keys, attend causally, by the kernel that measures fastest.
+
+    `qkv_BSNHC`: of every key-value head its G queries, its key, its value (H = G + 2). Result: [B, S, N, G, C].
+    """
+    wide = qkv_BSNHC.dtype in (torch.float32, torch.float64)
+    if qkv_BSNHC.device.type == "cpu" and wide and qkv_BSNHC.shape[1] <= LONGEST:
+        return attend_in_blocks(qkv_BSNHC, turn)
+    return core(qkv_BSNHC, turn)
 
 
-def core(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNC: Tensor, turn: Rotation) -> Tensor:
-    """Rotate queries and keys, attend causally: [B, S, N, G, C]."""
-    q, k = rotate(q_BSNGC, turn).flatten(2, 3), rotate(k_BSNC, turn)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v_BSNC.transpose(1, 2), is_causal=True, enable_gqa=True
-    )
-    return out.transpose(1, 2).unflatten(2, q_BSNGC.shape[2:4])
+def core(qkv_BSNHC: Tensor, turn: Rotation) -> Tensor:
+    """`attend` by torch's scaled dot product attention: any device, dtype and length."""
+    group = qkv_BSNHC.shape[3] - 2
+    q, k, v = qkv_BSNHC.split([group, 1, 1], 3)
+    heads = (rotate(q, turn).flatten(2, 3), rotate(k, turn).flatten(2, 3), v.flatten(2, 3))
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads), is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).unflatten(2, q.shape[2:4])
 
 
 class Attention(Part):
@@ -62,25 +65,21 @@ class Attention(Part):
             self.q_norm = RMSNorm(build, f"{prefix}.q_norm", q_shape)
             self.k_norm = RMSNorm(build, f"{prefix}.k_norm", k_shape)
 
-    def project(self, x_TD: Tensor, num_sequences: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, S, N, G, C], k and v [B, S, N, C], before rotation."""
+    def project(self, x_TD: Tensor, num_sequences: int) -> Tensor:
+        """Queries, key and value of every key-value head, before rotation: [B, S, N, G + 2, C]."""
         qkv = linear(x_TD, self.qkv.flatten(0, 2))
         if self.build.model.attention_bias:
             qkv = qkv + self.qkv_bias.flatten()
         qkv = qkv.view(num_sequences, -1, self.kv_heads, self.group + 2, self.width)
-        q, k, v = qkv.split([self.group, 1, 1], dim=3)
-        k, v = k.squeeze(3), v.squeeze(3)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = qkv.split([self.group, 1, 1], dim=3)
+            qkv = torch.cat([self.q_norm(q), self.k_norm(k.squeeze(3)).unsqueeze(3), v], 3)
         clip = self.build.model.clip_qkv
-        if clip is not None:
-            q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
-        return q, k, v
+        return qkv if clip is None else qkv.clamp(-clip, clip)
 
     def combine_heads(self, heads_BSNGC: Tensor) -> Tensor:
         """The output projection: [T, D]."""
         return linear(heads_BSNGC.reshape(-1, self.output[0].numel()), self.output.flatten(1))
 
     def forward(self, x_TD: Tensor, num_sequences: int, turn: Rotation) -> Tensor:
-        q, k, v = self.project(x_TD, num_sequences)
-        return self.combine_heads(attend(q, k, v, turn))
+        return self.combine_heads(attend(self.project(x_TD, num_sequences), turn))
