@@ -34,8 +34,8 @@ def core(qkv_BSNHC: Tensor, turn: Rotation) -> Tensor:
     """`attend` by torch's scaled dot product attention: any device, dtype and length."""
     group = qkv_BSNHC.shape[3] - 2
     q, k, v = qkv_BSNHC.split([group, 1, 1], 3)
-    heads = (rotate(q, turn).flatten(2, 3), rotate(k, turn).flatten(2, 3), v.flatten(2, 3))
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads), is_causal=True, enable_gqa=True)
+    query, key, value = (x.flatten(2, 3).transpose(1, 2) for x in (rotate(q, turn), rotate(k, turn), v))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).unflatten(2, q.shape[2:4])
 
 
