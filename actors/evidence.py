@@ -47,7 +47,7 @@ class Evidence:
             return
         self._away.pop(member.rank, None)
         where = f"at step {silence.step}, {silence.phase}"
-        if silence.suspicious and self.hands.is_stopped(member):
+        if silence.seconds > BOUNDS["silence"].seconds and self.hands.is_stopped(member):
             self._lose(member.rank, f"{FROZE}: its process {member.pid} is stopped, {where}")
         elif silence.seconds > busy_s:
             self._lose(member.rank, f"{FROZE}: silent for {silence.seconds:.0f} s, {where}")

@@ -60,6 +60,11 @@ def write_job(folder: Path) -> Path:
     return job
 
 
+def environment() -> dict[str, str]:
+    """In which the command line finds our packages, installed or not."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 @dataclass
 class Drive:
     """`concertina train` in a process of its own. `address` of a cluster, or None for one it starts itself."""
@@ -79,7 +84,7 @@ class Drive:
                 stdout=out,
                 stderr=err,
                 cwd=self.folder,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=environment(),
                 start_new_session=True,
             )
 

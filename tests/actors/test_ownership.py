@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from concertina.state.manifest import list_checkpoints, verify
 from concertina.track.events import EventType
 from infra import LocalCluster
 from tests.actors.conftest import Start
-from tests.actors.drive import ENDLESS, Drive, alive
+from tests.actors.drive import ENDLESS, Drive, alive, environment
 from tests.actors.mlflow_copy import MlflowPage
 from tests.infra.sockets import tree
 from tests.waiting import wait_until
@@ -125,6 +127,29 @@ def test_a_coordinator_gone_for_good_its_ranks_leave_a_checkpoint(start: Start, 
     assert in_mlflow(drive) == "FAILED"
 
 
+@pytest.mark.soak
+def test_driver_and_coordinator_gone_the_ranks_write_the_end(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS, "--set", "checkpoint.every_steps=100000")
+    drive.reaches(3)
+    drive.process.kill()
+    killed = 0
+    for _ in range(4):
+        wait_until(lambda last=killed: read_journal(drive)["coordinator_pid"] != last)
+        killed = read_journal(drive)["coordinator_pid"]
+        os.kill(killed, signal.SIGKILL)
+    nothing_left(drive)
+    assert newest(drive) == list(drive.steps())[-1]
+    assert drive.states()[-1] == "failed"
+    assert MlflowPage(drive.run).status == "RUNNING", "nobody was there to tell it"
+    command = [sys.executable, "-m", "jobs.cli", "runs", "show", drive.run.run_id, "--sync"]
+    subprocess.run([*command, "--storage", str(drive.storage)], env=environment(), check=True, timeout=100)
+    assert in_mlflow(drive) == "FAILED"
+
+
+def read_journal(drive: Drive) -> dict[str, int]:
+    return dict(json.loads(drive.run.journal_file.read_text()))
+
+
 # -- a rank ------------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +212,30 @@ def test_a_rank_that_raises_is_named_with_its_traceback(start: Start, nothing_le
     assert (error["rank"], error["traceback"].splitlines()[0]) == (1, "Traceback (most recent call last):")
     assert "rank 1, log in " in drive.err
     assert drive.err.index("rank 1, log in ") < drive.err.index("Traceback")
+    nothing_left(drive)
+
+
+@pytest.mark.soak
+def test_events_that_cannot_be_written_end_the_run(start: Start, nothing_left: NothingLeft) -> None:
+    """A limit on file size stands for a full disk: what ranks say cannot be kept, so nobody may go on as if it were."""
+    drive = start("--set", ENDLESS)
+    drive.reaches(3)
+    size = drive.run.events_file.stat().st_size
+    psutil.Process(drive.journal()["coordinator_pid"]).rlimit(psutil.RLIMIT_FSIZE, (size, size))
+    assert drive.ends() != 0
+    assert "cannot append" in drive.out
+    assert "free space" in drive.out
+    nothing_left(drive)
+
+
+@pytest.mark.soak
+def test_ranks_whose_checkpoints_do_not_fit_end_the_run(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS)
+    drive.reaches(25)
+    for pid in drive.journal()["pids"].values():
+        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
+    fails(drive, r"rank \d raised CheckpointError: .*could not write")
+    assert f"concertina train --resume {drive.run.run_id}" in drive.out
     nothing_left(drive)
 
 

@@ -177,6 +177,17 @@ def test_a_run_that_goes_on_is_not_resumed(start: Start, nothing_left: NothingLe
     nothing_left(drive)
 
 
+@pytest.mark.soak
+def test_a_loss_that_is_none_stops_it_where_the_job_says_so(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", "training.learning_rate=1e200", "--set", "training.anomaly.nonfinite=stop")
+    assert drive.ends() == 100, drive.err
+    (anomaly,) = drive.events(EventType.ANOMALY)
+    assert (anomaly.data["kind"], anomaly.data["action"]) == ("nonfinite", "stop")
+    assert drive.lines[-1] == f"failed: the anomaly policy stopped the run at step {list(drive.steps())[-1]}"
+    assert MlflowPage(drive.run).status == "FAILED"
+    nothing_left(drive)
+
+
 # -- room --------------------------------------------------------------------------------------------------------------
 
 MUCH = ("--set", "cluster.num_workers=6", "--set", "training.global_batch_size=6")

@@ -16,7 +16,7 @@ import pytest
 from concertina.state.manifest import list_checkpoints, verify
 from infra.keeper_spec import FOLDER_PREFIX
 from jobs.cli import main
-from tests.actors.drive import ENDLESS, Drive, write_job
+from tests.actors.drive import ENDLESS, Drive, environment, write_job
 from tests.actors.mlflow_copy import MlflowPage
 from tests.infra.sockets import beyond_loopback, listening, tree
 from tests.waiting import wait_until
@@ -172,6 +172,5 @@ def test_a_run_whose_tracking_store_is_down_ends_well(folder: Path) -> None:
         drive.clean_up()
     assert list(drive.steps()) == list(range(1, 21))
     show = [sys.executable, "-m", "jobs.cli", "runs", "show", drive.run.run_id, "--storage", str(folder / "runs")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    told = subprocess.run(show, capture_output=True, text=True, env=environment, check=True, timeout=60).stdout
+    told = subprocess.run(show, capture_output=True, text=True, env=environment(), check=True, timeout=60).stdout
     assert "--sync" in told
