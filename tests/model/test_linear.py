@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from concertina.model.linear import linear
-from concertina.model.product import product
 from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
@@ -25,21 +24,6 @@ def test_equals_torch(dtype: torch.dtype, rows: int) -> None:
     assert error(ours, theirs) < TOLERANCE[dtype]
     for a, b in zip(torch.autograd.grad(ours, (x, w), dy), torch.autograd.grad(theirs, (x, w), dy), strict=True):
         assert error(a, b) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_product_takes_views(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, w = torch.randn(40, 30, dtype=dtype), torch.randn(30, 7, dtype=dtype)
-    assert error(product(x, w.t()), x @ w) < TOLERANCE[dtype]
-    assert (
-        error(
-            product(x.t(), torch.randn(5, 40, dtype=dtype, generator=torch.Generator().manual_seed(1))),
-            x.t() @ torch.randn(5, 40, dtype=dtype, generator=torch.Generator().manual_seed(1)).t(),
-        )
-        < TOLERANCE[dtype]
-    )
-    assert error(product(x[3:9], w.t()), x[3:9] @ w) < TOLERANCE[dtype]
 
 
 def test_frozen_weight_gets_no_gradient() -> None:

@@ -150,14 +150,14 @@ def _moe(model: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[Pi
     if fused:
         w13_shape, w2_shape = (experts, 2 * width, hidden), (experts, hidden, width)
         yield Piece(f"{theirs}.experts.gate_up_proj", f"{ours}.experts.w13", (), w13_shape, (0, 2, 3, 1))
-        yield Piece(f"{theirs}.experts.down_proj", f"{ours}.experts.w2", (), w2_shape, (0, 2, 1))
+        yield Piece(f"{theirs}.experts.down_proj", f"{ours}.experts.w2", (), w2_shape)
     else:
         names = ("w1", "w3", "w2") if "block_sparse_moe" in theirs else ("gate_proj", "up_proj", "down_proj")
         for expert in range(experts):
             gate, up, down = (f"{theirs}.experts.{expert}.{name}.weight" for name in names)
             yield Piece(gate, f"{ours}.experts.w13", (expert, ALL, 0), (width, hidden), (1, 0))
             yield Piece(up, f"{ours}.experts.w13", (expert, ALL, 1), (width, hidden), (1, 0))
-            yield Piece(down, f"{ours}.experts.w2", (expert,), (hidden, width), (1, 0))
+            yield Piece(down, f"{ours}.experts.w2", (expert,), (hidden, width))
     if model.shared_expert_intermediate_size:
         shared = model.shared_expert_intermediate_size
         yield from _mlp(model, f"{theirs}.shared_expert", f"{ours}.shared", shared)
