@@ -23,6 +23,7 @@ from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.messages import Control, Message, RankError, Started, encode
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
+from concertina.layout import kv_copies
 from concertina.parallel.failures import in_one_line, is_communication_failure
 from concertina.parallel.groups import GroupOptions, connect_store, form_groups
 from concertina.train.loop import CHECKPOINT, STOP, Loop
@@ -137,7 +138,7 @@ class Rank:
         timeout = BOUNDS["collective"].timedelta
         store = connect_store(*store_address, timeout)
         options = GroupOptions(self.seat.generation, plan.device, ray.util.get_node_ip_address(), timeout)
-        groups = form_groups(plan.layout, rank, store, options)
+        groups = form_groups(plan.layout, rank, store, options, kv_copies(plan.job.model, plan.layout.tp))
         formed = clock()
         link.progress(plan.resume_step, "building")
         engine = build_engine(plan.job, plan.corpus, device)

@@ -90,13 +90,14 @@ def _newest_sound(checkpoints: list[Path]) -> Path:
 
 
 def _refuse_unsupported(job: Job, layout: Layout) -> None:
-    """The layout may have any degrees; the engine has dp, ep and edp so far. Tracking must go where we can write."""
+    """The layout may have any degrees; the engine has no pipeline and no context parallelism so far. Tracking must go
+    where we can write."""
     tracking_uri(job.tracking.tracking_uri, Path(job.storage_path))
-    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP, Axis.TP, Axis.ETP)]
+    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP)]
     wanted = [text for text in wanted if not text.endswith("=1")]
     if wanted:
         raise UserError(
-            f"the engine does not train {' '.join(wanted)} yet: set layout.pp, cp, tp and etp to 1 "
+            f"the engine does not train {' '.join(wanted)} yet: set layout.pp and cp to 1 "
             "(`concertina layout` draws any of them)"
         )
 

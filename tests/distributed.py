@@ -1,11 +1,13 @@
 """How does a test run a function on several ranks? `run_distributed(fn, world)`: forked from one that has torch.
 
 `fn(rank, store, *args)` must be a module-level function; its results come back in rank order, and the first failing
-rank's traceback is what the test sees.
+rank's traceback is what the test sees. `on_ranks` does the same on processes that stay for the next test, for
+functions that leave nothing behind.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
 import socket
@@ -19,7 +21,7 @@ from typing import Any
 from concertina.layout import Layout
 from concertina.parallel.groups import GroupOptions, Groups, connect_store, form_groups, make_store
 
-__all__ = ["form", "listening_store", "run_distributed"]
+__all__ = ["form", "listening_store", "on_ranks", "run_distributed"]
 
 # What ranks need is imported once, by the process they are forked from.
 _PRELOAD = ["torch", "pytest", "concertina.train.loop", "concertina.train.standalone", "tests.train.worlds"]
@@ -33,19 +35,24 @@ def listening_store(timeout_s: float = 30.0) -> Any:
     return make_store("127.0.0.1", listener.detach(), timedelta(seconds=timeout_s))
 
 
-def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0) -> Groups:
+def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0, kv_lanes: int = 1) -> Groups:
     """The groups of `rank`; a world of one needs no store."""
     if layout.world == 1:
         return Groups.alone()
-    return form_groups(layout, rank, store, GroupOptions(timeout=timedelta(seconds=timeout_s)))
+    return form_groups(layout, rank, store, GroupOptions(timeout=timedelta(seconds=timeout_s)), kv_lanes)
 
 
-def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 90.0) -> list[Any]:
-    """Call `fn(rank, store, *args)` on `world` fresh processes; return their results in rank order."""
+def _context() -> Any:
     # The fork server of Python 3.11 looks for what it preloads on PYTHONPATH only.
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 90.0) -> list[Any]:
+    """Call `fn(rank, store, *args)` on `world` fresh processes; return their results in rank order."""
+    context = _context()
     store = listening_store(timeout_s)
     results: Any = context.Queue()
     ranks = [
@@ -88,3 +95,52 @@ def _main(fn: Callable[..., Any], rank: int, port: int, timeout_s: float, result
         results.put((rank, fn(rank, store, *args), None))
     except BaseException:  # noqa: BLE001 - whatever it was, the test must see it
         results.put((rank, None, traceback.format_exc()))
+
+
+class _Pool:
+    """Processes that wait for functions. One that fails ends them all: its peers may hang."""
+
+    def __init__(self) -> None:
+        self._context = _context()
+        self._processes: list[Any] = []
+        self._calls: list[Any] = []
+        self._results: Any = self._context.Queue()
+
+    def run(self, fn: Callable[..., Any], world: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        while len(self._processes) < world:
+            self._calls.append(self._context.SimpleQueue())
+            ends = (self._calls[-1], self._results)
+            self._processes.append(self._context.Process(target=_serve, args=ends, daemon=True))
+            self._processes[-1].start()
+        store = listening_store(timeout_s)
+        for rank in range(world):
+            self._calls[rank].put((fn, rank, store.port, timeout_s, args))
+        try:
+            return _collect(self._results, world, timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self.__init__()  # type: ignore[misc]
+
+
+def _serve(calls: Any, results: Any) -> None:
+    while True:
+        fn, rank, port, timeout_s, args = calls.get()
+        _main(fn, rank, port, timeout_s, results, args)
+
+
+_pool: _Pool | None = None
+
+
+def on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 90.0) -> list[Any]:
+    """`run_distributed` on ranks that are shared with other tests."""
+    global _pool
+    if _pool is None:
+        _pool = _Pool()
+        atexit.register(_pool.close)
+    return _pool.run(fn, world, args, timeout_s)

@@ -45,7 +45,10 @@ def test_uneven_shares_are_allowed() -> None:
     ("refused", "line"),
     [
         (job(ep=3), "ep=3 must divide dp*cp*tp=8: set layout.ep to 1, 2, 4 or 8"),
-        (job(tp=8), "tp=8 must divide model.num_key_value_heads=4: set layout.tp to 1, 2 or 4"),
+        (
+            job(tp=8, model={"num_attention_heads": 24, "num_key_value_heads": 3, "head_dim": 8}),
+            "tp=8 must divide or be a multiple of model.num_key_value_heads=3: set layout.tp to 1",
+        ),
         (job(world=16, ep=16), "ep=16 is more than model.num_experts=8: set layout.ep to 1, 2, 4 or 8"),
         (job(pp=8), "pp=8 is more than model.num_hidden_layers=4: set layout.pp to 1, 2 or 4"),
         (
@@ -68,8 +71,9 @@ def test_one_line_an_axis_whatever_is_wrong_with_it() -> None:
     error = refusal(job(world=4, tp=3, model=model))
     assert error.data["keys"] == ["layout.tp"]
     assert error.data["problems"] == [
-        "tp=3 must divide world=4 and model.num_attention_heads=8 and model.num_key_value_heads=4 and "
-        "model.intermediate_size=512 and model.shared_expert_intermediate_size=256: set layout.tp to 1, 2 or 4"
+        "tp=3 must divide world=4 and model.num_attention_heads=8 and model.intermediate_size=512 and "
+        "model.shared_expert_intermediate_size=256 and must divide or be a multiple of model.num_key_value_heads=4: "
+        "set layout.tp to 1, 2 or 4"
     ]
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from concertina.config import ModelConfig
-from concertina.layout.box import Box
+from concertina.layout import GROUPS, STAGE, Box, Layout
 from concertina.model import Decoder
-from concertina.parallel.groups import Group
+from concertina.parallel.groups import Group, Groups
 from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
@@ -29,8 +29,14 @@ MODEL = ModelConfig(
 )
 
 
-def decoder(model: ModelConfig = MODEL, dtype: torch.dtype = torch.float64, ep: Group | None = None) -> Decoder:
-    return Decoder(model, dtype, torch.device("cpu"), ep or Group.alone("ep"), 7)
+def decoder(model: ModelConfig = MODEL, dtype: torch.dtype = torch.float64, groups: Groups | None = None) -> Decoder:
+    return Decoder(model, dtype, torch.device("cpu"), groups or Groups.alone(), 7)
+
+
+def seat(layout: Layout, rank: int) -> Groups:
+    """The groups of a rank as far as building needs them: who is in them, and no way to talk."""
+    named = {name: Group(name, ranks := layout.group_of(name, rank), ranks.index(rank)) for name in (*GROUPS, STAGE)}
+    return Groups(0, layout, Group("world", tuple(range(layout.world)), rank), named)
 
 
 def batch(sequences: int = 4, length: int = 12) -> tuple[Tensor, Tensor]:
@@ -52,7 +58,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     model, (tokens, targets) = decoder(), batch()
     together = objective_gradients(model, [(tokens, targets)])
     apart = objective_gradients(model, [(tokens[:1], targets[:1]), (tokens[1:], targets[1:])])
-    assert together.keys() == model.parameter_information().keys()
+    assert together.keys() == model.shards.keys()
     assert max(error(apart[name], together[name]) for name in together) < 1e-12
     whole, first, rest = model(tokens, targets), model(tokens[:1], targets[:1]), model(tokens[1:], targets[1:])
     for name in ("loss_sum", "aux_sum", "z_sum", "num_tokens", "expert_counts_LE"):
@@ -76,10 +82,9 @@ def test_shares_of_experts_are_boxes_of_the_whole() -> None:
     whole = dict(decoder().named_tensors())
     seen: dict[str, list[Box]] = {}
     for rank in range(3):
-        part = decoder(ep=Group("ep", (0, 1, 2), rank))
-        information = part.parameter_information()
+        part = decoder(groups=seat(Layout(3, ep=3), rank))
         for name, tensor in part.named_tensors():
-            info = information[name]
+            info = part.shards[name]
             assert tensor.shape == info.box.shape
             assert info.global_shape == whole[name].shape
             assert torch.equal(tensor, whole[name][info.box.slices()])
@@ -91,18 +96,16 @@ def test_shares_of_experts_are_boxes_of_the_whole() -> None:
 
 
 def test_names_are_unique_and_decay_is_for_matrices() -> None:
-    information = decoder().parameter_information()
-    assert len(information) == len(list(decoder().parameters()))
-    assert {name for name, info in information.items() if not info.decay} == {
-        name for name in information if "norm" in name
-    }
+    shards = decoder().shards
+    assert len(shards) == len(list(decoder().parameters()))
+    assert {name for name, shard in shards.items() if not shard.decay} == {name for name in shards if "norm" in name}
 
 
 def test_tied_weight_is_one_parameter() -> None:
     model = decoder(MODEL.model_copy(update={"tie_word_embeddings": True}))
-    assert "head.weight" not in model.parameter_information()
+    assert "head.weight" not in model.shards
     gradients = objective_gradients(model, [batch()])
-    assert gradients.keys() == model.parameter_information().keys()
+    assert gradients.keys() == model.shards.keys()
 
 
 def test_no_layer_needs_experts() -> None:
@@ -121,8 +124,9 @@ def test_precisions_agree(dtype: torch.dtype, tolerance: float) -> None:
 
 
 def test_fp32_gradients_of_the_fast_kernels_equal_float64() -> None:
-    exact = objective_gradients(decoder(), [batch()])
-    fast = objective_gradients(decoder(dtype=torch.float32), [batch()])
+    model = MODEL.model_copy(update={"initializer_range": 0.1})  # with larger weights rounding itself comes to 1e-5
+    exact = objective_gradients(decoder(model), [batch()])
+    fast = objective_gradients(decoder(model, torch.float32), [batch()])
     assert max(error(fast[name].to(torch.float64), exact[name]) for name in exact) < 1e-5
 
 

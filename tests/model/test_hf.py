@@ -11,7 +11,7 @@ import torch
 from concertina.model import Decoder
 from concertina.model.families import export_tensors, import_tensors, model_config, pieces
 from concertina.model.router import whole_batch_balance
-from concertina.parallel.groups import Group
+from concertina.parallel.groups import Groups
 from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
@@ -84,7 +84,7 @@ def test_logits_and_all_gradients_equal_transformers(case: str) -> None:
     theirs = reference(case)
     config = theirs.config.to_dict()
     model = model_config(config)
-    ours = Decoder(model, torch.float32, torch.device("cpu"), Group.alone("ep"), 0)
+    ours = Decoder(model, torch.float32, torch.device("cpu"), Groups.alone(), 0)
     table = list(pieces(config["model_type"], model, fused=True))
     import_tensors(table, dict(theirs.named_parameters()), dict(ours.named_tensors()))
     tokens = torch.randint(0, model.vocab_size, (3, 33), generator=torch.Generator().manual_seed(1))
@@ -109,7 +109,7 @@ def test_logits_and_all_gradients_equal_transformers(case: str) -> None:
 def test_import_of_an_export_changes_nothing(case: str) -> None:
     config = reference(case).config.to_dict()
     model = model_config(config)
-    ours = Decoder(model, torch.float32, torch.device("cpu"), Group.alone("ep"), 0)
+    ours = Decoder(model, torch.float32, torch.device("cpu"), Groups.alone(), 0)
     named = {name: tensor.detach() for name, tensor in ours.named_tensors()}
     for fused in (False, True):
         table = list(pieces(config["model_type"], model, fused))

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from concertina.config import ModelConfig
+from concertina.layout import Layout, shards
 from concertina.model.parameters import Build
 from concertina.model.router import Router, Routing, balance_sum, count_experts, z_sum
+from concertina.model.span import Span
+from concertina.parallel.groups import Groups
+from concertina.parallel.lanes import Lanes
 from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
@@ -15,8 +19,15 @@ pytestmark = pytest.mark.unit
 
 def routed(x: torch.Tensor, tokens_B: torch.Tensor, **changes: object) -> tuple[Router, Routing]:
     model = ModelConfig(hidden_size=16, num_experts=6, num_experts_per_tok=2, initializer_range=0.5, **changes)  # type: ignore[arg-type]
-    router = Router(Build(model, x.dtype, x.device, 0, (0, 6)), "layers.0.moe")
-    return router, router(x, tokens_B)
+    groups = Groups.alone()
+    build = Build(model, x.dtype, x.device, 0, shards(model, Layout(1), 0), groups, Lanes(groups["tp"]))
+    router = Router(build, "layers.0.moe")
+    return router, router(x, whole(len(x), tokens_B))
+
+
+def whole(num: int, tokens_B: torch.Tensor) -> Span:
+    """All tokens of a micro-batch are here."""
+    return Span(len(tokens_B), num // len(tokens_B), 0, num, tokens_B)
 
 
 def rows(num: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -29,10 +40,10 @@ def test_takes_the_most_probable_experts(normalized: bool) -> None:
     router, routing = routed(x, torch.tensor([6, 6]), norm_topk_prob=normalized)
     probabilities = (x @ router.router.T).softmax(-1)
     order = probabilities.argsort(-1, descending=True)[:, :2]
-    assert torch.equal(routing.expert_ids_TK, order)
+    assert torch.equal(routing.expert_ids_RK, order)
     weights = probabilities.gather(1, order)
     expected = weights / weights.sum(1, keepdim=True) if normalized else weights
-    assert error(routing.weights_TK, expected) < 1e-14
+    assert error(routing.weights_RK, expected) < 1e-14
     assert routing.counts_E.tolist() == [(order == e).sum().item() for e in range(6)]
 
 
@@ -48,14 +59,22 @@ def test_losses_are_sums_over_sequences_of_token_weighted_means() -> None:
         fractions = torch.stack([(chosen == e).sum() / 4 for e in range(5)])
         aux += tokens[b] * 5 / 2 * (fractions * part.mean(0)).sum()
         z += tokens[b] * logits[4 * b : 4 * b + 4].logsumexp(-1).square().mean()
-    assert error(balance_sum(probabilities, count_experts(ids, 3, 5), tokens), torch.as_tensor(aux)) < 1e-7
-    assert error(z_sum(logits, tokens), torch.as_tensor(z)) < 1e-14
+    span = whole(12, tokens)
+    counts = count_experts(ids, span.sequence_R, 3, 5)
+    assert error(balance_sum(probabilities, counts, span), torch.as_tensor(aux)) < 1e-7
+    assert error(z_sum(logits, span), torch.as_tensor(z)) < 1e-14
+    # The parts of lanes that hold some of the tokens add up.
+    parts = [Span(3, 4, start, stop, tokens) for start, stop in ((0, 5), (5, 9), (9, 12))]
+    aux_parts = [balance_sum(probabilities[part.start : part.stop], counts, part) for part in parts]
+    assert error(torch.stack(aux_parts).sum(), torch.as_tensor(aux)) < 1e-7
+    z_parts = [z_sum(logits[part.start : part.stop], part) for part in parts]
+    assert error(torch.stack(z_parts).sum(), torch.as_tensor(z)) < 1e-14
 
 
 def test_even_routing_costs_one_per_token() -> None:
     probabilities = torch.full((8, 4), 0.25, dtype=torch.float64)
     counts = torch.full((2, 4), 2)
-    assert balance_sum(probabilities, counts, torch.tensor([4, 4])).item() == pytest.approx(8.0)
+    assert balance_sum(probabilities, counts, whole(8, torch.tensor([4, 4]))).item() == pytest.approx(8.0)
 
 
 def test_losses_and_gradients_do_not_see_micro_batches() -> None:
@@ -79,7 +98,7 @@ def test_counts_carry_no_gradient() -> None:
     """Through the probabilities only: the derivative of the loss in P_e is the fraction f_e."""
     probabilities = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([[6, 0, 0]])
-    balance_sum(probabilities, counts, torch.tensor([6])).backward()
+    balance_sum(probabilities, counts, whole(6, torch.tensor([6]))).backward()
     assert probabilities.grad is not None
     assert torch.equal(probabilities.grad, torch.tensor([[3.0, 0, 0]], dtype=torch.float64).expand(6, 3))
 
@@ -87,4 +106,4 @@ def test_counts_carry_no_gradient() -> None:
 def test_logits_of_bfloat16_rows_are_fp32() -> None:
     _, routing = routed(rows(8, torch.bfloat16), torch.tensor([8]))
     assert routing.aux_sum.dtype == torch.float32
-    assert routing.weights_TK.dtype == torch.bfloat16
+    assert routing.weights_RK.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from concertina.layout import Layout
 from concertina.parallel.dispatch import Dispatcher, Received
-from concertina.parallel.groups import Group
+from concertina.parallel.groups import Groups
 from tests.distributed import form, run_distributed
 
 EXPERTS, CHOICES, WIDTH, TOKENS = 5, 2, 4, 7
@@ -62,7 +62,7 @@ def assert_close(ours: tuple[Any, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_round_trip_alone(rank: int) -> None:
-    *ours, counts = round_trip(Dispatcher(EXPERTS, Group.alone("ep")), rank)
+    *ours, counts = round_trip(Dispatcher(EXPERTS, Groups.alone()), rank)
     assert_close(tuple(ours), written_out(rank))
     assert counts == inputs(rank)[1].flatten().bincount(minlength=EXPERTS).tolist()
 
@@ -70,7 +70,7 @@ def test_round_trip_alone(rank: int) -> None:
 @pytest.mark.unit
 def test_rows_come_by_expert_then_token() -> None:
     x, ids, _ = inputs(0)
-    received = Dispatcher(EXPERTS, Group.alone("ep")).start_dispatch(x, ids).finish()
+    received = Dispatcher(EXPERTS, Groups.alone()).start_dispatch(x, ids).finish()
     expected = [x[token] for e in range(EXPERTS) for token in range(TOKENS) if e in ids[token].tolist()]
     assert torch.equal(received.rows_QD, torch.stack(expected))
 
@@ -79,15 +79,14 @@ def test_rows_come_by_expert_then_token() -> None:
 def test_alone_the_counts_never_visit_the_host() -> None:
     """On a meta device there is nothing to read: any synchronisation would raise."""
     x, ids, weights = (tensor.to("meta") for tensor in inputs(0))
-    dispatcher = Dispatcher(EXPERTS, Group.alone("ep"))
+    dispatcher = Dispatcher(EXPERTS, Groups.alone())
     received = dispatcher.start_dispatch(x, ids).finish()
     assert dispatcher.start_combine(received, received.rows_QD, weights).finish().shape == x.shape
 
 
 def rank_main(rank: int, store: Any) -> tuple[list[Any], ...]:
     layout = Layout.of(3, ep=3)
-    group = form(layout, rank, store)["ep"]
-    y, dx, dweights, counts = round_trip(Dispatcher(EXPERTS, group), rank)
+    y, dx, dweights, counts = round_trip(Dispatcher(EXPERTS, form(layout, rank, store)), rank)
     return y.tolist(), dx.tolist(), dweights.tolist(), counts
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from concertina.layout import GROUPS, Layout
+from concertina.layout import GROUPS, STAGE, Layout
 from concertina.parallel.collectives import all_gather_into, all_reduce_sum
 from concertina.parallel.failures import is_communication_failure
-from concertina.parallel.groups import GROUP_NAMES, Group, GroupOptions, Groups, connect_store, form_groups
+from concertina.parallel.groups import GROUP_NAMES, KV, Group, GroupOptions, Groups, connect_store, form_groups
 from tests.distributed import listening_store, run_distributed
 
 WORLD = 4
@@ -42,7 +42,7 @@ def members(group: Group, rank: int) -> list[int]:
 
 @pytest.mark.unit
 def test_every_group_of_a_layout_is_formed() -> None:
-    assert set(GROUP_NAMES) == set(GROUPS)
+    assert set(GROUP_NAMES) == {*GROUPS, STAGE, KV}
 
 
 @pytest.mark.unit
@@ -81,7 +81,9 @@ def one_generation_after_another(rank: int, store: Any) -> list[dict[str, list[i
     """Form every layout's groups in turn, over one store, in the same processes; the ones before are dropped."""
     seen = []
     for generation, layout in enumerate(LAYOUTS):
-        groups = form_groups(layout, rank, store, GroupOptions(generation, timeout=timedelta(seconds=20)))
+        groups = form_groups(layout, rank, store, GroupOptions(generation, timeout=timedelta(seconds=20)), layout.tp)
+        assert groups.layout == layout
+        assert groups.rank == rank
         assert groups.generation == generation
         assert groups.world.ranks == tuple(range(WORLD))
         found = {name: members(groups[name], rank) for name in GROUP_NAMES}
@@ -102,7 +104,8 @@ def test_generations_follow_each_other_in_the_same_processes() -> None:
     for rank, seen in enumerate(run_distributed(one_generation_after_another, WORLD)):
         for layout, found in zip(LAYOUTS, seen, strict=True):
             assert found.pop("world") == list(range(WORLD))
-            assert found == {name: list(layout.group_of(name, rank)) for name in GROUP_NAMES}
+            assert found.pop(KV) == list(layout.neighbours_of(rank, layout.tp)) == found[STAGE]
+            assert found == {name: list(layout.group_of(name, rank)) for name in (*GROUPS, STAGE)}
 
 
 def without_the_store(rank: int, store: Any) -> dict[str, Any]:

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from concertina.layout import Box, Layout
+from concertina.layout import BUCKET_BYTES, Box, Layout, Shard
 from concertina.parallel.groups import Groups
-from concertina.parallel.reducer import BUCKET_BYTES, GradientReducer, Reduced, make_buckets
+from concertina.parallel.reducer import GradientReducer, make_buckets
 from concertina.parallel.zero import Bucket
 from tests.distributed import form, run_distributed
+from tests.layout.a_shard import a_shard
 
 
-def reduced(shapes: dict[str, tuple[int, ...]], group: str = "dp_cp", decay: bool = True) -> list[Reduced]:
-    return [Reduced(name, Box.whole(shape), group, decay, prod(shape)) for name, shape in shapes.items()]
+def reduced(shapes: dict[str, tuple[int, ...]], group: str = "dp_cp", decay: bool = True) -> list[Shard]:
+    return [a_shard(name, Box.whole(shape), group, decay, prod(shape)) for name, shape in shapes.items()]
 
 
 # -- which parameters share a bucket -----------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ kinds = st.tuples(st.integers(0, 14_000_000), st.sampled_from(["dp_cp", "edp"]),
 @pytest.mark.unit
 @given(st.lists(kinds, min_size=1, max_size=20))
 def test_buckets_hold_every_parameter_once_in_reverse_and_stay_small(drawn: list[tuple[int, str, bool]]) -> None:
-    items = [Reduced(f"p{i}", Box.whole((size,)), group, decay, size) for i, (size, group, decay) in enumerate(drawn)]
+    items = [a_shard(f"p{i}", Box.whole((size,)), group, decay, size) for i, (size, group, decay) in enumerate(drawn)]
     by_name = {item.name: item for item in items}
     weights = {item.name: torch.empty(item.box.shape, device="meta") for item in items}
     buckets = make_buckets(weights, items, Groups.alone(), weight_decay=0.3)
@@ -206,8 +207,8 @@ def test_ranks_with_more_and_fewer_experts_fill_the_same_buckets() -> None:
         items = []
         for layer in range(6):
             experts = Box((0, 0), (held, BUCKET_BYTES // 8))
-            items.append(Reduced(f"experts{layer}", experts, "edp", True, 3 * BUCKET_BYTES // 8 // 2))
-            items.append(Reduced(f"dense{layer}", Box.whole((7,)), "dp_cp", True, 7))
+            items.append(a_shard(f"experts{layer}", experts, "edp", True, 3 * BUCKET_BYTES // 8 // 2))
+            items.append(a_shard(f"dense{layer}", Box.whole((7,)), "dp_cp", True, 7))
         parameters = {item.name: torch.empty(item.box.shape, device="meta") for item in items}
         return [list(bucket.parameters) for bucket in make_buckets(parameters, items, Groups.alone(), 0.1)]
 

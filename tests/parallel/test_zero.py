@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from concertina.layout import Box, Layout
+from concertina.layout import Box, Layout, Slot, plan_slots, split_dim
 from concertina.parallel.groups import Group, GroupOptions, Groups, form_groups
-from concertina.parallel.zero import Bucket, Slot, plan_slots, split_dim
+from concertina.parallel.zero import Bucket
 from tests.distributed import run_distributed
 
 shapes = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)

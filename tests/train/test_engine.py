@@ -72,7 +72,7 @@ def gradients_of(rank: int, store: Any, job: Job, world: int, ep: int) -> tuple[
     found = {}
     for bucket, shard in zip(engine.reducer.buckets, engine.reducer.finish(), strict=True):
         for name, (slot, view) in bucket.own_views(shard).items():
-            found[name] = (slot.box, engine.information[name].global_shape, view.numpy().copy())
+            found[name] = (slot.box, engine.shards[name].global_shape, view.numpy().copy())
     return float(sums[0]), found
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from concertina.config import TrainingConfig
 from concertina.layout import Box, Layout
 from concertina.parallel.groups import Groups
-from concertina.parallel.reducer import GradientReducer, Reduced, make_buckets
+from concertina.parallel.reducer import GradientReducer, make_buckets
 from concertina.train.optimizer import KINDS, ShardedAdamW
 from tests.distributed import form, run_distributed
+from tests.layout.a_shard import a_shard
 
 TRAINING = TrainingConfig(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, max_grad_norm=0.5)
 SHAPES = {"matrix": (5, 3), "norm": (3,), "experts": (3, 2, 4), "row": (1, 7)}
@@ -39,7 +40,7 @@ class Model:
         self.parameters = {name: torch.nn.Parameter(weight) for name, weight in weights(dtype).items()}
         self.groups = groups
         reduced = [
-            Reduced(name, Box.whole(shape), "edp" if name == "experts" else "dp_cp", name not in WITHOUT_DECAY, 1)
+            a_shard(name, Box.whole(shape), "edp" if name == "experts" else "dp_cp", name not in WITHOUT_DECAY)
             for name, shape in SHAPES.items()
         ]
         buckets = make_buckets(dict(self.parameters), reduced, groups, TRAINING.weight_decay)

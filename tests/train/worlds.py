@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from concertina.config import Job
-from concertina.layout import Layout
+from concertina.layout import Layout, kv_copies
 from concertina.train.engine import Engine
 from tests.distributed import form
 
@@ -78,5 +78,5 @@ def engine_on(job: Job, layout: Layout, rank: int, store: Any) -> Engine:
     length, vocabulary = job.data.sequence_length, job.model.vocab_size
     views = (TinyView(61, length, vocabulary), TinyView(9, length, vocabulary))
     engine = Engine(job, *views, torch.device("cpu"))
-    engine.configure(layout, rank, form(layout, rank, store))
+    engine.configure(layout, rank, form(layout, rank, store, kv_lanes=kv_copies(job.model, layout.tp)))
     return engine

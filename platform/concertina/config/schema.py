@@ -253,6 +253,9 @@ class LayoutConfig(Section):
     """Expert parallel: groups the experts are spread over."""
     etp: Positive = 1
     """Tensor parallel inside an expert."""
+    sequence_parallel: bool = True
+    """Between tensor-parallel products each lane of tp keeps its share of the tokens; false: every lane has all of
+    them, and sends them all to the experts."""
 
 
 class ClusterConfig(Section):

@@ -1,10 +1,36 @@
 """Who is where: axes, the two grids, groups, boxes."""
 
-from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, Axis
+from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, STAGE, Axis
 from concertina.layout.box import Box, cut
+from concertina.layout.buckets import BUCKET_BYTES, Slot, plan_buckets, plan_slots, segment_length, split_dim
 from concertina.layout.draw import draw
 from concertina.layout.fit import check_job
 from concertina.layout.fold import Layout
 from concertina.layout.grid import Grid
+from concertina.layout.shards import Fill, HeadCut, Shard, cut_heads, kv_copies, shards
 
-__all__ = ["ATTENTION", "EXPERT", "GROUPS", "Axis", "Box", "Grid", "Layout", "check_job", "cut", "draw"]
+__all__ = [
+    "ATTENTION",
+    "BUCKET_BYTES",
+    "EXPERT",
+    "GROUPS",
+    "STAGE",
+    "Axis",
+    "Box",
+    "Fill",
+    "Grid",
+    "HeadCut",
+    "Layout",
+    "Shard",
+    "Slot",
+    "check_job",
+    "cut",
+    "cut_heads",
+    "draw",
+    "kv_copies",
+    "plan_buckets",
+    "plan_slots",
+    "segment_length",
+    "shards",
+    "split_dim",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["ATTENTION", "EXPERT", "GROUPS", "Axis"]
+__all__ = ["ATTENTION", "EXPERT", "GROUPS", "STAGE", "Axis"]
 
 
 class Axis(StrEnum):
@@ -46,4 +46,8 @@ GROUPS: dict[str, tuple[Axis, ...]] = {
     "edp": (Axis.EDP,),
     "etp_ep": (Axis.ETP, Axis.EP),
 }
-"""Group name -> the axes that vary inside it. Dense gradients are summed over dp_cp, expert ones over edp."""
+"""Group name -> the axes that vary inside it."""
+
+STAGE = "dp_cp_tp"
+"""The group of a whole pipeline stage: what every lane of tp holds alike is summed over it. `layout -o json` does not
+list it: it is attention's grid without the pipeline."""

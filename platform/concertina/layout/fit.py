@@ -20,7 +20,7 @@ def check_job(job: Job) -> Layout:
 
     Raises LayoutError with every misfit: `data["problems"]` the lines, `data["keys"]` the job file's key of each.
     """
-    world, degrees = job.cluster.num_workers, job.layout.model_dump()
+    world, degrees = job.cluster.num_workers, job.layout.model_dump(exclude={"sequence_parallel"})
 
     def faults(degrees: Degrees) -> list[Fault]:
         return [*world_faults(world, degrees), *_shape_faults(job, degrees)]
@@ -42,6 +42,9 @@ def _shape_faults(job: Job, degrees: Degrees) -> Iterator[Fault]:
         for name, width in widths.items():
             if width % degrees[axis]:
                 yield Fault(axis, "must divide", f"model.{name}={width}")
+    heads = model.num_key_value_heads
+    if heads % degrees["tp"] and degrees["tp"] % heads:
+        yield Fault("tp", "must divide or be a multiple of", f"model.num_key_value_heads={heads}")
     limits = {
         "pp": ("model.num_hidden_layers", model.num_hidden_layers),
         "cp": ("data.sequence_length/2", max(1, job.data.sequence_length // 2)),  # a chunk from each end, balanced
@@ -54,7 +57,7 @@ def _shape_faults(job: Job, degrees: Degrees) -> Iterator[Fault]:
 
 def _dense_widths(model: ModelConfig) -> dict[str, int]:
     """What tp cuts."""
-    widths = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_key_value_heads}
+    widths = {"num_attention_heads": model.num_attention_heads}
     if model.mlp_only_layers:
         widths["intermediate_size"] = model.intermediate_size
     if model.shared_expert_intermediate_size:

@@ -11,11 +11,13 @@ from functools import cached_property
 from typing import Any
 
 from concertina.errors import LayoutError
-from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, Axis
+from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, STAGE, Axis
 from concertina.layout.grid import Grid
 from concertina.layout.refusals import misfits, world_faults
 
 __all__ = ["Layout"]
+
+_AXES = {**GROUPS, STAGE: (Axis.DP, Axis.CP, Axis.TP)}
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,20 @@ class Layout:
         return self.grid(axis).coordinate(rank, axis)
 
     def groups(self, name: str) -> list[list[int]]:
-        """Every group called `name` (tp cp dp dp_cp pp ep etp edp etp_ep): each rank is in one."""
-        axes = GROUPS[name]
+        """Every group called `name` (tp cp dp dp_cp dp_cp_tp pp ep etp edp etp_ep): each rank is in one."""
+        axes = _AXES[name]
         return self.grid(*axes).groups(axes)
 
     def group_of(self, name: str, rank: int) -> tuple[int, ...]:
         """Ranks of the group called `name` that `rank` is in, ascending."""
-        axes = GROUPS[name]
+        axes = _AXES[name]
         return self.grid(*axes).group_of(axes, rank)
+
+    def neighbours_of(self, rank: int, lanes: int) -> tuple[int, ...]:
+        """Ranks of the stage of `rank` that stand in the same block of `lanes` lanes of tp, ascending: dp_cp for 1,
+        the stage for tp."""
+        block = self.coordinate(rank, Axis.TP) // lanes
+        return tuple(r for r in self.group_of(STAGE, rank) if self.coordinate(r, Axis.TP) // lanes == block)
 
     def to_json(self) -> dict[str, Any]:
         """`world`, the degrees of both grids, and every group by name, ready for json.dumps."""

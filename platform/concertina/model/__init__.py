@@ -1,6 +1,5 @@
 """The decoder: attention, router, experts, losses, and the names of Hugging Face's families."""
 
 from concertina.model.decoder import Decoder, ModelOutput
-from concertina.model.parameters import ParameterInfo
 
-__all__ = ["Decoder", "ModelOutput", "ParameterInfo"]
+__all__ = ["Decoder", "ModelOutput"]

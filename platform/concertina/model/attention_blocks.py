@@ -46,22 +46,22 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, turn: Rotation) -> Tensor:
-        b, s, n, slots, c = qkv.shape
-        g, scale = slots - 2, c**-0.5
+    def forward(ctx: Any, q_BSNGC: Tensor, kv_BSN2C: Tensor, turn: Rotation) -> Tensor:
+        b, s, n, g, c = q_BSNGC.shape
+        scale = c**-0.5
         cos, sin, cos_q, sin_q = turn.cos_SP, turn.sin_SP, turn.cos_SP * scale, turn.sin_SP * scale
-        q_BNGSC, k, v = qkv.permute(0, 2, 3, 1, 4).split([g, 1, 1], 2)
-        k_MSC, v_MSC = qkv.new_empty(b, n, 1, s, c), v.contiguous().view(b * n, s, c)
+        q_BNGSC, (k, v) = q_BSNGC.permute(0, 2, 3, 1, 4), kv_BSN2C.permute(0, 2, 3, 1, 4).split(1, 2)
+        k_MSC, v_MSC = k.new_empty(b, n, 1, s, c), v.contiguous().view(b * n, s, c)
         _turn(k, cos, sin, k_MSC)
         k_MSC = k_MSC.view(b * n, s, c)
-        out, kept = qkv.new_empty(b, s, n, g, c), []
+        out, kept = torch.empty_like(q_BSNGC, memory_format=torch.contiguous_format), []
         out_BNGSC = out.permute(0, 2, 3, 1, 4)
         for start, stop in _blocks(s):
-            q_MQC = qkv.new_empty(b, n, g, stop - start, c)
+            q_MQC = k.new_empty(b, n, g, stop - start, c)
             _turn(q_BNGSC[:, :, :, start:stop], cos_q[start:stop], sin_q[start:stop], q_MQC)
             q_MQC = q_MQC.view(b * n, -1, c)
             p_MQJ = torch.bmm(q_MQC, k_MSC[:, :stop].transpose(1, 2))
-            p_MQJ.view(b * n, g, -1, stop)[..., start:].add_(_future(stop - start, qkv.dtype))
+            p_MQJ.view(b * n, g, -1, stop)[..., start:].add_(_future(stop - start, k.dtype))
             torch.softmax(p_MQJ, -1, out=p_MQJ)
             out_BNGSC[:, :, :, start:stop] = torch.bmm(p_MQJ, v_MSC[:, :stop]).view(b, n, g, -1, c)
             kept += [q_MQC, p_MQJ]
@@ -69,7 +69,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         k_MSC, v_MSC, out, cos, sin, *kept = ctx.saved_tensors
         b, s, n, g, c = out.shape
         cos_q, sin_q = cos * c**-0.5, sin * -(c**-0.5)
@@ -77,8 +77,8 @@ class _Attend(torch.autograd.Function):
         # Gradient of the softmax: p * (dp - sum(p * dp)), and that sum is do . o.
         along_BNGS = torch.linalg.vecdot(grads[0], out).permute(0, 2, 3, 1)
         dk_MSC, dv_MSC = torch.zeros_like(k_MSC), torch.zeros_like(v_MSC)
-        dqkv = grads[0].new_empty(b, s, n, g + 2, c)
-        dq_BNGSC, dk, dv = dqkv.permute(0, 2, 3, 1, 4).split([g, 1, 1], 2)
+        dq, dkv = torch.empty_like(out), out.new_empty(b, s, n, 2, c)
+        dq_BNGSC, (dk, dv) = dq.permute(0, 2, 3, 1, 4), dkv.permute(0, 2, 3, 1, 4).split(1, 2)
         for (start, stop), q_MQC, p_MQJ in zip(_blocks(s), kept[::2], kept[1::2], strict=True):
             do_MQC = do_BNGSC[:, :, :, start:stop].reshape(b * n, -1, c)
             dv_MSC[:, :stop].add_(torch.bmm(p_MQJ.transpose(1, 2), do_MQC))
@@ -89,12 +89,9 @@ class _Attend(torch.autograd.Function):
             _turn(dq_MQC, cos_q[start:stop], sin_q[start:stop], dq_BNGSC[:, :, :, start:stop])
         _turn(dk_MSC.view(b, n, 1, s, c), cos, -sin, dk)
         dv.copy_(dv_MSC.view(b, n, 1, s, c))
-        return dqkv, None
+        return dq, dkv, None
 
 
-def attend_in_blocks(qkv_BSNHC: Tensor, turn: Rotation) -> Tensor:
-    """Rotated causal attention of packed heads (G queries, a key, a value) to [B, S, N, G, C].
-
-    fp32 or float64, on a CPU.
-    """
-    return _Attend.apply(qkv_BSNHC, turn)
+def attend_in_blocks(q_BSNGC: Tensor, kv_BSN2C: Tensor, turn: Rotation) -> Tensor:
+    """Rotated causal attention to [B, S, N, G, C]; fp32 or float64, on a CPU."""
+    return _Attend.apply(q_BSNGC, kv_BSN2C, turn)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from concertina.layout.box import Box
 from concertina.model.linear import linear
 from concertina.model.mlp import swiglu
 from concertina.model.parameters import Build, Part
@@ -117,20 +116,15 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> ExpertKernel:
 
 
 class Experts(Part):
-    """The experts `build.experts` of a layer."""
+    """This rank's slices of its experts of a layer; the slices' outputs are to be summed over etp."""
 
     w13: Tensor
     w2: Tensor
 
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
-        model = build.model
-        start, stop = build.experts
-        width, hidden = model.moe_intermediate_size, model.hidden_size
-        first = Box((start, 0, 0, 0), (stop, hidden, 2, width))
-        second = Box((start, 0, 0), (stop, hidden, width))
-        self._declare("w13", (model.num_experts, hidden, 2, width), box=first)
-        self._declare("w2", (model.num_experts, hidden, width), box=second)
+        self._make("w13")
+        self._make("w2")
         self._kernel = choose_kernel(build.device, build.dtype)
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:

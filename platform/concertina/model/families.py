@@ -118,18 +118,17 @@ def pieces(family: Family, model: ModelConfig, fused: bool) -> Iterator[Piece]:
 
 
 def _attention(model: ModelConfig, theirs: str, ours: str) -> Iterator[Piece]:
-    group = model.num_attention_heads // model.num_key_value_heads
     query = model.num_attention_heads * model.width_of_head
     key = model.num_key_value_heads * model.width_of_head
-    parts: tuple[tuple[str, Index, int], ...] = (
-        ("q_proj", (ALL, slice(0, group)), query),
-        ("k_proj", (ALL, group), key),
-        ("v_proj", (ALL, group + 1), key),
+    parts: tuple[tuple[str, str, Index, int], ...] = (
+        ("q_proj", "q", (), query),
+        ("k_proj", "kv", (ALL, 0), key),
+        ("v_proj", "kv", (ALL, 1), key),
     )
-    for name, index, width in parts:
-        yield Piece(f"{theirs}.{name}.weight", f"{ours}.qkv", index, (width, model.hidden_size))
+    for name, our_name, index, width in parts:
+        yield Piece(f"{theirs}.{name}.weight", f"{ours}.{our_name}", index, (width, model.hidden_size))
         if model.attention_bias:
-            yield Piece(f"{theirs}.{name}.bias", f"{ours}.qkv_bias", index, (width,))
+            yield Piece(f"{theirs}.{name}.bias", f"{ours}.{our_name}_bias", index, (width,))
     yield Piece(f"{theirs}.o_proj.weight", f"{ours}.output", (), (model.hidden_size, query))
     if model.qk_norm != "none":
         full = model.qk_norm == "full"

@@ -1,38 +1,58 @@
 """How wrong are the predictions? Cross-entropy in chunks of tokens: all logits at once never exist.
 
-The gradient is computed with the loss, while a chunk's logits are at hand; the backward only scales it.
-Shapes: T tokens, D hidden, V vocabulary, N tokens of a chunk.
+The gradient is computed with the loss, while a chunk's logits are at hand; the backward only scales it. A lane of tp
+has the logits of its rows of the vocabulary; of a chunk, lanes exchange three numbers a token.
+Shapes: T tokens, D hidden, V rows of the vocabulary here, N tokens of a chunk.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from concertina.model.product import product
+from concertina.parallel.collectives import all_reduce_max, all_reduce_sum
+from concertina.parallel.groups import Group
 
-__all__ = ["IGNORED", "cross_entropy_sum"]
+__all__ = ["IGNORED", "Vocabulary", "cross_entropy_sum"]
 
 IGNORED = -100
 _CHUNK_LOGITS = 1 << 21  # 8 MiB in fp32: three quarters of the time are products that want many rows at once
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows [start, stop) of the vocabulary are here, the others on the other ranks of `group`."""
+
+    group: Group
+    start: int
+    stop: int
+
+    def here(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of `tokens` in what is here (0 for those elsewhere and negative ones), and which are here."""
+        found = (tokens >= self.start) & (tokens < self.stop)
+        return (tokens - self.start) * found, found
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, with_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, vocabulary: Vocabulary, with_gradient: bool
+    ) -> Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        rows = max(1, _CHUNK_LOGITS // w_VD.shape[0])
+        rows = max(1, _CHUNK_LOGITS // max(1, w_VD.shape[0]))
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         dx = torch.empty_like(x_TD) if with_gradient else None
         dw = torch.zeros_like(w_VD, dtype=wide) if with_gradient else None
         for start in range(0, x_TD.shape[0], rows):
             x_ND, targets_N = x_TD[start : start + rows], targets_T[start : start + rows]
             logits_NV = product(x_ND, w_VD).to(wide)
-            total += _losses_and_probabilities(logits_NV, targets_N)
+            total += _losses_and_probabilities(logits_NV, targets_N, vocabulary)
             if dx is not None and dw is not None:
-                dlogits_NV = _subtract_targets(logits_NV, targets_N).to(x_TD.dtype)
+                dlogits_NV = _subtract_targets(logits_NV, targets_N, vocabulary).to(x_TD.dtype)
                 dx[start : start + rows] = product(dlogits_NV, w_VD.t())
                 _add_product(dw, dlogits_NV, x_ND)
         if dx is not None and dw is not None:
@@ -40,17 +60,20 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx, dw = ctx.saved_tensors
         if grads[0].device.type == "cpu" and grads[0].item() == 1.0:
-            return dx, dw, None, None
-        return (dx * grads[0]).to(dx.dtype), (dw * grads[0]).to(dw.dtype), None, None
+            return dx, dw, None, None, None
+        return (dx * grads[0]).to(dx.dtype), (dw * grads[0]).to(dw.dtype), None, None, None
 
 
-def _losses_and_probabilities(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+def _losses_and_probabilities(logits_NV: Tensor, targets_N: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Sum of the losses; `logits_NV` becomes probabilities in place."""
     counted = targets_N != IGNORED
-    chosen = logits_NV.gather(1, (targets_N * counted).unsqueeze(1)).squeeze(1)
+    index, found = vocabulary.here(targets_N)
+    if vocabulary.group.size > 1:
+        return (_losses_over_lanes(logits_NV, index, found, vocabulary.group) * counted).sum()
+    chosen = logits_NV.gather(1, index.unsqueeze(1)).squeeze(1)
     largest = logits_NV.amax(1)
     torch.softmax(logits_NV, 1, out=logits_NV)
     # The largest probability is 1 / sum(exp(logit - largest)): no second pass of exponentials for the logsumexp.
@@ -58,11 +81,27 @@ def _losses_and_probabilities(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return (losses * counted).sum()
 
 
-def _subtract_targets(probabilities_NV: Tensor, targets_N: Tensor) -> Tensor:
+def _losses_over_lanes(logits_NV: Tensor, index_N: Tensor, found_N: Tensor, group: Group) -> Tensor:
+    """Losses [N], the same on every lane; probabilities in place. A lane may have no row of the vocabulary at all."""
+    lowest = torch.finfo(logits_NV.dtype).min
+    rows = logits_NV.shape[1]
+    largest = logits_NV.amax(1) if rows else logits_NV.new_full((len(logits_NV),), lowest)
+    largest = all_reduce_max(largest, group).finish()
+    logits_NV.sub_(largest.unsqueeze(1))
+    chosen = logits_NV.gather(1, index_N.unsqueeze(1)).squeeze(1) * found_N if rows else torch.zeros_like(largest)
+    sums = torch.stack([logits_NV.exp_().sum(1), chosen])
+    total, chosen = all_reduce_sum(sums, group).finish()
+    logits_NV.div_(total.unsqueeze(1))
+    return total.log() - chosen
+
+
+def _subtract_targets(probabilities_NV: Tensor, targets_N: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Probabilities minus one at each target, zero rows where the target is ignored; in place."""
     counted = targets_N != IGNORED
-    minus_one = -torch.ones_like(targets_N, dtype=probabilities_NV.dtype).unsqueeze(1)
-    probabilities_NV.scatter_add_(1, (targets_N * counted).unsqueeze(1), minus_one)
+    index, found = vocabulary.here(targets_N)
+    if probabilities_NV.shape[1]:
+        minus_one = -found.to(probabilities_NV.dtype).unsqueeze(1)
+        probabilities_NV.scatter_add_(1, index.unsqueeze(1), minus_one)
     if probabilities_NV.device.type == "cpu" and bool(counted.all()):
         return probabilities_NV
     return probabilities_NV.mul_(counted.unsqueeze(1))
@@ -76,11 +115,15 @@ def _add_product(dw_VD: Tensor, dlogits_NV: Tensor, x_ND: Tensor) -> None:
         dw_VD += torch.mm(dlogits_NV.t(), x_ND)
 
 
-def cross_entropy_sum(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_sum(
+    x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, vocabulary: Vocabulary | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of the token losses of logits x w^T, in at least fp32, and the number of tokens counted (int64).
 
-    Targets of -100 count for nothing.
+    Targets of -100 count for nothing. Where the vocabulary is cut, all its ranks must call it with the same tokens;
+    each gets the same sum, and the gradient of its rows and, as its part, of x.
     """
     with_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or w_VD.requires_grad)
-    loss = _CrossEntropy.apply(x_TD, w_VD, targets_T, with_gradient)
+    vocabulary = vocabulary or Vocabulary(Group.alone(), 0, w_VD.shape[0])
+    loss = _CrossEntropy.apply(x_TD, w_VD, targets_T, vocabulary, with_gradient)
     return loss, (targets_T != IGNORED).sum()

@@ -1,6 +1,7 @@
 """What does a token compute alone? SwiGLU (Shazeer 2020): (silu(x w1) * x w3) w2.
 
-Shapes: T tokens, D hidden, F width. `w13` [2, F, D] holds w1 and w3, so that a cut over F is one box.
+A lane of tp computes its slice of F. Shapes: T tokens, D hidden, F width here. `w13` [2, F, D] holds w1 and w3, so
+that a cut over F is one box.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class SwiGLU(Part):
     w13: Tensor
     w2: Tensor
 
-    def __init__(self, build: Build, prefix: str, width: int) -> None:
+    def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
-        hidden = build.model.hidden_size
-        self._declare("w13", (2, width, hidden))
-        self._declare("w2", (hidden, width))
+        self._make("w13")
+        self._make("w2")
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """This lane's part of the output; the lanes' parts are to be summed."""
         return linear(swiglu(linear(x_TD, self.w13.flatten(0, 1))), self.w2)

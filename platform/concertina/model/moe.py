@@ -1,7 +1,7 @@
 """How does a token use a few of many experts? Gate, dispatch, experts, combine: separate steps, strung here.
 
 Only the dispatcher communicates; what may run while it does stands between a start and its finish.
-Shapes: T tokens in B sequences, D hidden.
+Shapes: R tokens of this lane of tp, Q rows for the experts here, E experts here, D hidden.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from concertina.model.linear import linear
 from concertina.model.mlp import SwiGLU
 from concertina.model.parameters import Build, Part
 from concertina.model.router import Router, Routing
+from concertina.model.span import Span
 from concertina.parallel.dispatch import Dispatcher
 
 __all__ = ["MoE", "SharedExpert"]
@@ -25,15 +26,16 @@ class SharedExpert(Part):
 
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
-        self.mlp = SwiGLU(build, prefix, build.model.shared_expert_intermediate_size)
+        self.mlp = SwiGLU(build, prefix)
         if build.model.shared_expert_gate:
-            self._declare("gate", (1, build.model.hidden_size))
+            self._make("gate")
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD = self.mlp(x_TD)
+    def forward(self, x_RD: Tensor, span: Span) -> Tensor:
+        lanes = self.build.lanes
+        y_RD = lanes.leave(self.mlp(lanes.enter(x_RD, span.num_tokens)))
         if self.build.model.shared_expert_gate:
-            y_TD = y_TD * linear(x_TD, self.gate).sigmoid()
-        return y_TD
+            y_RD = y_RD * linear(x_RD, lanes.count_once(self.gate)).sigmoid()
+        return y_RD
 
 
 class MoE(Part):
@@ -48,12 +50,19 @@ class MoE(Part):
         if build.model.shared_expert_intermediate_size:
             self.shared = SharedExpert(build, f"{prefix}.shared")
 
-    def forward(self, x_TD: Tensor, tokens_B: Tensor) -> tuple[Tensor, Routing]:
-        """Output [T, D] and the routing. All ranks of the ep group must call it."""
-        routing = self.gate(x_TD, tokens_B)
-        dispatching = self.dispatcher.start_dispatch(x_TD, routing.expert_ids_TK)
-        shared_TD = self.shared(x_TD) if self.shared is not None else None
+    def forward(self, x_RD: Tensor, span: Span) -> tuple[Tensor, Routing]:
+        """Output [R, D] and the routing. All ranks of the stage must call it.
+
+        Lanes of tp that hold the same tokens each send them: experts then see copies, whose gradients count for their
+        share.
+        """
+        lanes = self.build.lanes
+        routed_RD = lanes.duplicate(x_RD)
+        routing = self.gate(routed_RD, span)
+        dispatching = self.dispatcher.start_dispatch(routed_RD, routing.expert_ids_RK)
+        shared_RD = self.shared(x_RD, span) if self.shared is not None else None
         received = dispatching.finish()
         out_QD = self.experts(received.rows_QD, received.counts_E)
-        y_TD = self.dispatcher.start_combine(received, out_QD, routing.weights_TK).finish()
-        return (y_TD if shared_TD is None else y_TD + shared_TD), routing
+        y_RD = self.dispatcher.start_combine(received, out_QD, routing.weights_RK).finish()
+        y_RD = lanes.count_once(y_RD)
+        return (y_RD if shared_RD is None else y_RD + shared_RD), routing

@@ -1,32 +1,51 @@
 """How is a row brought to unit size? RMSNorm (Zhang and Sennrich 2019), with a backward of few passes over memory.
 
-Shapes: ... any, D width. Computed in at least fp32, returned in the input's dtype.
+A row may lie in pieces on the lanes of a group, which then sum two numbers a row: its square, and in the backward what
+of its gradient points along it. Shapes: ... any, D width here. At least fp32 inside, the input's dtype outside.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from concertina.model.parameters import Build, Part
+from concertina.parallel.collectives import all_reduce_sum
+from concertina.parallel.groups import Group
 
-__all__ = ["RMSNorm", "rms_norm"]
+__all__ = ["Pieces", "RMSNorm", "ResidualNorm", "rms_norm"]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a row of `width` elements lies on the ranks of `group`, each element on `copies` of them."""
+
+    group: Group
+    width: int
+    copies: int = 1
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum over the row's pieces; in place."""
+        summed = all_reduce_sum(partial, self.group).finish()
+        return summed if self.copies == 1 else summed.div_(self.copies)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x_D: Tensor, weight_D: Tensor, epsilon: float, pieces: Pieces) -> Tensor:
         wide = torch.promote_types(x_D.dtype, torch.float32)
         x = x_D.to(wide)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        square = pieces.total(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_())
+        scale = square.div_(pieces.width).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, scale)
+        ctx.pieces = pieces
         return (x * scale).mul_(weight_D).to(x_D.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_D, weight_D, scale = ctx.saved_tensors
         dy = grads[0].to(scale.dtype)
         weight = weight_D.to(scale.dtype)
@@ -34,25 +53,34 @@ class _RMSNorm(torch.autograd.Function):
         product = dy * normed
         dweight = product.flatten(0, -2).sum(0)
         # What of the gradient points along the row itself: it changes the length, which the norm takes away again.
-        along = torch.matmul(product, weight).div_(-x_D.shape[-1]).unsqueeze(-1)
+        along = ctx.pieces.total(torch.matmul(product, weight)).div_(-ctx.pieces.width).unsqueeze(-1)
         dx = torch.mul(dy, weight, out=product).addcmul_(normed, along).mul_(scale)
-        return dx.to(x_D.dtype), dweight.to(weight_D.dtype), None
+        return dx.to(x_D.dtype), dweight.to(weight_D.dtype), None, None
 
 
-def rms_norm(x_D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension."""
-    return _RMSNorm.apply(x_D, weight_D, epsilon)
+def rms_norm(x_D: Tensor, weight_D: Tensor, epsilon: float, pieces: Pieces | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, and over the pieces of the row elsewhere."""
+    return _RMSNorm.apply(x_D, weight_D, epsilon, pieces or Pieces(Group.alone(), x_D.shape[-1]))
 
 
 class RMSNorm(Part):
-    """RMSNorm over the last `len(shape)` dimensions, with one weight an element."""
+    """RMSNorm over the dimensions that the weight has, one weight an element; rows may lie in `pieces`."""
 
     weight: Tensor
 
-    def __init__(self, build: Build, prefix: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, build: Build, prefix: str, pieces: Pieces | None = None) -> None:
         super().__init__(build, prefix)
-        self._declare("weight", shape, fill="ones")
+        self.pieces = pieces
+        self._make("weight")
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(x.dim() - self.weight.dim()) if self.weight.dim() > 1 else x
-        return rms_norm(flat, self.weight.flatten(), self.build.model.rms_norm_eps).view(x.shape)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.weight if weight is None else weight
+        flat = x.flatten(x.dim() - weight.dim()) if weight.dim() > 1 else x
+        return rms_norm(flat, weight.flatten(), self.build.model.rms_norm_eps, self.pieces).view(x.shape)
+
+
+class ResidualNorm(RMSNorm):
+    """RMSNorm of the residual stream, whose tokens every lane may hold alike."""
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return super().forward(x_RD, self.build.lanes.count_once(self.weight))

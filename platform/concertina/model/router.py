@@ -1,8 +1,9 @@
 """Which experts does a token go to, and how evenly? Softmax, top-k, and the two losses that keep the router balanced.
 
-Shapes: T tokens in B sequences of S, D hidden, E experts, K choices of a token, L layers.
 Losses are per packed sequence and layer, so micro-batches do not change them; each is returned as a sum over the
-sequences, weighted by the tokens each one counts for, to be divided once by the global number of tokens.
+tokens here, of what each one adds to its sequence's loss times the tokens that sequence counts for. Added up over all
+ranks and divided once by the global number of tokens it is the mean.
+Shapes: R tokens of this lane of tp, B sequences, D hidden, E experts, K choices of a token, L layers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
+from concertina.model.span import Span
+from concertina.parallel.collectives import all_reduce_sum
 
 __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_balance", "z_sum"]
 
@@ -23,8 +26,8 @@ __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_bal
 class Routing:
     """The router's decision: experts by falling probability, their weights, tokens each expert got, the two losses."""
 
-    expert_ids_TK: Tensor
-    weights_TK: Tensor
+    expert_ids_RK: Tensor
+    weights_RK: Tensor
     counts_E: Tensor
     aux_sum: Tensor
     z_sum: Tensor
@@ -37,53 +40,57 @@ class Router(Part):
 
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
-        self._declare("router", (build.model.num_experts, build.model.hidden_size))
+        self._make("router")
 
-    def forward(self, x_TD: Tensor, tokens_B: Tensor) -> Routing:
-        """`tokens_B`: how many tokens each sequence counts for in the losses (its predicted targets)."""
-        model = self.build.model
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = linear(x_TD.to(wide), self.router.to(wide))
-        probs_TE = logits_TE.softmax(-1)
-        weights_TK, ids_TK = probs_TE.topk(model.num_experts_per_tok, dim=-1)
+    def forward(self, x_RD: Tensor, span: Span) -> Routing:
+        """Route the tokens of `span`. All lanes of tp must call it."""
+        model, lanes = self.build.model, self.build.lanes
+        wide = torch.promote_types(x_RD.dtype, torch.float32)
+        logits_RE = linear(x_RD.to(wide), self.router.to(wide))
+        probs_RE = logits_RE.softmax(-1)
+        weights_RK, ids_RK = probs_RE.topk(model.num_experts_per_tok, dim=-1)
         if model.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        counts_BE = count_experts(ids_TK, tokens_B.numel(), model.num_experts)
+            weights_RK = weights_RK / weights_RK.sum(-1, keepdim=True)
+        counts_BE = count_experts(ids_RK, span.sequence_R, span.num_sequences, model.num_experts)
+        counts_E = counts_BE.sum(0)
+        if not lanes.replicated:
+            counts_BE = all_reduce_sum(counts_BE, lanes.group).finish()
+        elif not lanes.speaks:
+            counts_E = torch.zeros_like(counts_E)
         return Routing(
-            ids_TK,
-            weights_TK.to(x_TD.dtype),
-            counts_BE.sum(0),
-            balance_sum(probs_TE, counts_BE, tokens_B),
-            z_sum(logits_TE, tokens_B),
+            ids_RK,
+            weights_RK.to(x_RD.dtype),
+            counts_E,
+            balance_sum(probs_RE, counts_BE, span) / lanes.copies,
+            z_sum(logits_RE, span) / lanes.copies,
         )
 
 
-def count_experts(ids_TK: Tensor, num_sequences: int, num_experts: int) -> Tensor:
+def count_experts(ids_RK: Tensor, sequence_R: Tensor, num_sequences: int, num_experts: int) -> Tensor:
     """How often each sequence chose each expert: int64 [B, E]."""
-    sequence_B1 = torch.arange(num_sequences, device=ids_TK.device).unsqueeze(1) * num_experts
-    slots = (ids_TK.view(num_sequences, -1) + sequence_B1).view(-1)
-    counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=ids_TK.device)
+    slots = (ids_RK + sequence_R.unsqueeze(1) * num_experts).view(-1)
+    counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=ids_RK.device)
     return counts.scatter_add_(0, slots, torch.ones_like(slots)).view(num_sequences, num_experts)
 
 
-def balance_sum(probs_TE: Tensor, counts_BE: Tensor, tokens_B: Tensor) -> Tensor:
-    """Load-balancing loss E / K * sum_e f_e P_e of each sequence (1 when even), times its tokens, summed.
+def balance_sum(probs_RE: Tensor, counts_BE: Tensor, span: Span) -> Tensor:
+    """Load-balancing loss E / K * sum_e f_e P_e of each sequence (1 when even), times its tokens: the part that the
+    tokens here add.
 
-    f_e: choices of expert e over tokens, without gradient; P_e: mean probability. Source: Switch Transformer
-    (Fedus et al. 2021), equations 4 to 6, over one sequence. Fractions and probabilities are formed before the product:
-    ranks that share a sequence sum both first.
+    f_e: choices of expert e over tokens of the whole sequence, wherever they are, without gradient; P_e: mean
+    probability. Source: Switch Transformer (Fedus et al. 2021), equations 4 to 6, over one sequence.
     """
-    num_sequences, num_experts = counts_BE.shape
-    mean_BE = probs_TE.view(num_sequences, -1, num_experts).mean(1)
     # f_e * E / K, as E * (share of expert e among all choices of the sequence).
-    share_BE = counts_BE.to(mean_BE.dtype) / counts_BE.sum(1, keepdim=True)
-    return (share_BE * mean_BE).sum(1).mul(num_experts * tokens_B).sum()
+    share_BE = counts_BE.to(probs_RE.dtype) / counts_BE.sum(1, keepdim=True)
+    even_R = (share_BE.index_select(0, span.sequence_R) * probs_RE).sum(1)
+    return (even_R * span.weight_R.to(even_R.dtype)).sum() * counts_BE.shape[1]
 
 
-def z_sum(logits_TE: Tensor, tokens_B: Tensor) -> Tensor:
-    """Router z loss (Zoph et al. 2022, equation 5): mean of logsumexp^2 of each sequence, times its tokens, summed."""
-    squares_T = logits_TE.logsumexp(-1).square()
-    return (squares_T.view(tokens_B.numel(), -1).mean(1) * tokens_B).sum()
+def z_sum(logits_RE: Tensor, span: Span) -> Tensor:
+    """Router z loss (Zoph et al. 2022, equation 5): mean of logsumexp^2 of each sequence, times its tokens: the part
+    that the tokens here add."""
+    squares_R = logits_RE.logsumexp(-1).square()
+    return (squares_R * span.weight_R.to(squares_R.dtype)).sum()
 
 
 def whole_batch_balance(layers: Sequence[Tensor], k: int) -> Tensor:
@@ -93,5 +100,6 @@ def whole_batch_balance(layers: Sequence[Tensor], k: int) -> Tensor:
     """
     probs = torch.cat(list(layers)).softmax(-1)
     num_tokens, num_experts = probs.shape
-    counts_1E = count_experts(probs.topk(k, dim=-1).indices, 1, num_experts)
+    nowhere = torch.zeros(num_tokens, dtype=torch.int64, device=probs.device)
+    counts_1E = count_experts(probs.topk(k, dim=-1).indices, nowhere, 1, num_experts)
     return num_experts * (counts_1E[0].to(probs.dtype) / num_tokens * probs.mean(0)).sum()

@@ -1,9 +1,12 @@
-"""How does a token get to its experts and back? Dropless: permute, all-to-all-v over ep, regroup, and the way back.
+"""How does a token get to its experts and back? Permute, all-to-all-v over ep, all-gather-v over etp, and the way back.
 
-Two communications, each with a start and a finish, so that a schedule can put work between. All ranks of the ep group
-must make the same calls in the same order.
-Host synchronisations: none on a group of one; else one in each `start_dispatch`, for the counts of both directions.
-Shapes: T tokens here, K choices of a token, R = T * K rows sent, Q rows received, D width, E experts held here.
+Rows travel to the rank of the ep group that has their expert; the lanes of etp there gather each other's rows, since
+each computes a slice of every one; on the way back the slices' outputs are summed and scattered.
+Four communications, in two steps with a start and a finish each, so that a schedule can put work between. All ranks of
+the stage must make the same calls in the same order.
+Host synchronisations: none where etp and ep are 1; else one in each `start_dispatch`, for the counts of all directions.
+Shapes: R = tokens * K rows sent, K choices of a token, P rows that arrive over ep, Q rows for the experts here after
+the gather over etp, D width, E experts held here, I lanes of etp, J ranks of ep.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor
 
 from concertina.layout.box import cut
-from concertina.parallel.collectives import Pending, all_to_all_v, exchange_counts
-from concertina.parallel.groups import Group
+from concertina.parallel.collectives import Pending, all_gather_v, all_to_all_v, gather_counts, reduce_scatter_v
+from concertina.parallel.groups import Groups
 from concertina.parallel.permute import Order, combine, expert_order, reorder, spread
 
 __all__ = ["Combining", "Dispatcher", "Dispatching", "Received"]
@@ -23,19 +26,20 @@ __all__ = ["Combining", "Dispatcher", "Dispatching", "Received"]
 
 @dataclass(frozen=True)
 class _Route:
-    """Where rows go. `sent[i]` rows to and `received[i]` rows from position i of the group."""
+    """Where rows go: `sent[j]` to and `received[j]` from position j of ep, `gathered[i]` from lane i of etp."""
 
     order: Order
     sent: list[int]
     received: list[int]
+    gathered: list[int]
     by_expert_Q: Tensor | None
-    """Arrived rows come by source, then expert; this gathers them by expert, then source. None: they are already."""
+    """Rows come by lane, source, then expert; this gathers them by expert, lane, source. None: they are already."""
     by_source_Q: Tensor | None
 
 
 @dataclass(frozen=True)
 class Received:
-    """Rows for the experts held here, by expert, then source rank, then token. `counts_E` are on the rows' device."""
+    """Rows for the experts held here, by expert, then source, then token. `counts_E` are on the rows' device."""
 
     rows_QD: Tensor
     counts_E: Tensor
@@ -45,11 +49,12 @@ class Received:
 class Dispatching:
     """Tokens on their way to the experts."""
 
-    def __init__(self, pending: Pending, counts_E: Tensor, route: _Route) -> None:
-        self._pending, self._counts_E, self._route = pending, counts_E, route
+    def __init__(self, dispatcher: Dispatcher, pending: Pending, counts_E: Tensor, route: _Route) -> None:
+        self._dispatcher, self._pending, self._counts_E, self._route = dispatcher, pending, counts_E, route
 
     def finish(self) -> Received:
-        rows, route = self._pending.finish(), self._route
+        route = self._route
+        rows = all_gather_v(self._pending.finish(), route.gathered, self._dispatcher.groups["etp"]).finish()
         if route.by_expert_Q is not None and route.by_source_Q is not None:
             rows = reorder(rows, route.by_expert_Q, route.by_source_Q)
         return Received(rows, self._counts_E, route)
@@ -67,50 +72,47 @@ class Combining:
 
 
 class Dispatcher:
-    """Moves rows between the ranks of `group` (ep), over which `num_experts` experts are cut, evenly or not."""
+    """Moves rows between the ranks of a stage, over whose ep `num_experts` experts are cut, evenly or not."""
 
-    def __init__(self, num_experts: int, group: Group) -> None:
+    def __init__(self, num_experts: int, groups: Groups) -> None:
         self.num_experts = num_experts
-        self.group = group
-        self.local_experts = cut(num_experts, group.size, group.rank)
-        self._ranges = [cut(num_experts, group.size, index) for index in range(group.size)]
-        self._most = max(stop - start for start, stop in self._ranges)
+        self.groups = groups
+        ep = groups["ep"]
+        self._ranges = [cut(num_experts, ep.size, index) for index in range(ep.size)]
+        self.local_experts = self._ranges[ep.rank]
 
     def start_dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatching:
         """Sort rows by expert and start sending them. `expert_ids_TK`: int64, global numbers."""
         order = expert_order(expert_ids_TK)
         counts = _count(expert_ids_TK, self.num_experts)
         rows_RD = spread(x_TD, order)
-        if self.group.size == 1:
-            return Dispatching(Pending(lambda: rows_RD), counts, _Route(order, [], [], None, None))
-        arriving = self._exchange(counts)
-        route = _Route(order, *self._splits(counts, arriving), *_regrouping(arriving))
-        pending = all_to_all_v(rows_RD, route.sent, route.received, self.group)
-        return Dispatching(pending, arriving.sum(0), route)
+        if self.groups["etp_ep"].size == 1:
+            return Dispatching(self, Pending(lambda: rows_RD), counts, _Route(order, [], [], [], None, None))
+        route, counts_E = self._plan(order, counts)
+        pending = all_to_all_v(rows_RD, route.sent, route.received, self.groups["ep"])
+        return Dispatching(self, pending, counts_E, route)
 
     def start_combine(self, received: Received, out_QD: Tensor, weights_TK: Tensor) -> Combining:
         """Start sending the experts' outputs `out_QD`, in the order of `received.rows_QD`, back to their tokens."""
         route = received.route
-        if self.group.size == 1:
-            return Combining(Pending(lambda: out_QD), weights_TK, route.order)
         if route.by_expert_Q is not None and route.by_source_Q is not None:
             out_QD = reorder(out_QD, route.by_source_Q, route.by_expert_Q)
-        pending = all_to_all_v(out_QD, route.received, route.sent, self.group)
+        out_PD = reduce_scatter_v(out_QD, route.gathered, self.groups["etp"]).finish()
+        pending = all_to_all_v(out_PD, route.received, route.sent, self.groups["ep"])
         return Combining(pending, weights_TK, route.order)
 
-    def _exchange(self, counts: Tensor) -> Tensor:
-        """Rows that each source will send to each expert held here: int64 [size, local experts]."""
-        padded = counts.new_zeros(self.group.size, self._most)
-        for index, (start, stop) in enumerate(self._ranges):
-            padded[index, : stop - start] = counts[start:stop]
-        arriving = exchange_counts(padded.view(-1), self.group).view(self.group.size, self._most)
-        return arriving[:, : self.local_experts[1] - self.local_experts[0]]
-
-    def _splits(self, counts: Tensor, arriving: Tensor) -> tuple[list[int], list[int]]:
-        """Rows to and from every rank, on the host: the one synchronisation."""
+    def _plan(self, order: Order, counts: Tensor) -> tuple[_Route, Tensor]:
+        """Who sends how many rows to whom, from everybody's counts; rows for each expert here."""
+        etp, ep = self.groups["etp"], self.groups["ep"]
+        # Ranks of etp_ep ascend with etp fastest: [J, I, all experts] to [I, J, E].
+        everyone = gather_counts(counts, self.groups["etp_ep"]).view(ep.size, etp.size, -1).transpose(0, 1)
+        arriving = everyone[:, :, slice(*self.local_experts)]
         leaving = torch.stack([counts[start:stop].sum() for start, stop in self._ranges])
-        both = torch.stack([leaving, arriving.sum(1)]).tolist()
-        return both[0], both[1]
+        # The one synchronisation: three lists in one copy.
+        numbers = torch.cat([leaving, arriving[etp.rank].sum(1), arriving.sum((1, 2))]).tolist()
+        sent, received, gathered = numbers[: ep.size], numbers[ep.size : 2 * ep.size], numbers[2 * ep.size :]
+        sources_SE = arriving.flatten(0, 1)
+        return _Route(order, sent, received, gathered, *_regrouping(sources_SE)), sources_SE.sum(0)
 
 
 def _count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from concertina.layout import Layout
+from concertina.layout import GROUPS, STAGE, Layout
 
-__all__ = ["GROUP_NAMES", "Group", "GroupOptions", "Groups", "connect_store", "form_groups", "make_store"]
+__all__ = ["GROUP_NAMES", "KV", "Group", "GroupOptions", "Groups", "connect_store", "form_groups", "make_store"]
 
-GROUP_NAMES = ("tp", "cp", "dp", "dp_cp", "pp", "ep", "etp", "edp", "etp_ep")
+KV = "dp_cp_kv"
+"""Ranks that hold the same key-value heads: dp_cp, and the lanes of tp that share a head where tp exceeds them."""
+
+GROUP_NAMES = (*GROUPS, STAGE, KV)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """All groups of one rank in one generation."""
+    """All groups of one rank in one generation, and the layout they are of."""
 
     generation: int
+    layout: Layout
     world: Group
     by_name: dict[str, Group]
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]
@@ -63,7 +71,7 @@ class Groups:
     @classmethod
     def alone(cls) -> Groups:
         """The groups of a world of one process, without a store."""
-        return cls(0, Group.alone(), {name: Group.alone(name) for name in GROUP_NAMES})
+        return cls(0, Layout(1), Group.alone(), {name: Group.alone(name) for name in GROUP_NAMES})
 
 
 def make_store(hostname: str, listen_fd: int, timeout: timedelta) -> dist.TCPStore:
@@ -93,15 +101,19 @@ def connect_store(hostname: str, port: int, timeout: timedelta) -> dist.TCPStore
     return dist.TCPStore(hostname, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def form_groups(layout: Layout, rank: int, store: dist.Store, options: GroupOptions) -> Groups:
+def form_groups(
+    layout: Layout, rank: int, store: dist.Store, options: GroupOptions, lanes_of_kv_head: int = 1
+) -> Groups:
     """Form every group of `rank`, eagerly. All ranks of the layout must call it with the same store.
 
-    After it returns nothing touches the store. Names of groups carry the generation, so that an older rank cannot
-    join a newer group.
+    `lanes_of_kv_head`: how many lanes of tp share a key-value head (`layout.kv_copies`). After it returns nothing
+    touches the store. Names of groups carry the generation, so that an older rank cannot join a newer group.
     """
+    members = {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
+    members[KV] = layout.neighbours_of(rank, lanes_of_kv_head)
     world = _form("world", tuple(range(layout.world)), rank, store, options)
-    by_name = {name: _form(name, layout.group_of(name, rank), rank, store, options) for name in GROUP_NAMES}
-    return Groups(options.generation, world, by_name)
+    by_name = {name: _form(name, ranks, rank, store, options) for name, ranks in members.items()}
+    return Groups(options.generation, layout, world, by_name)
 
 
 def _form(name: str, ranks: tuple[int, ...], rank: int, store: dist.Store, options: GroupOptions) -> Group:

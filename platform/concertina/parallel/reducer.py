@@ -7,61 +7,30 @@ Buckets start in one fixed order on every rank, whatever order gradients arrive 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from concertina.layout import Box
+from concertina.layout import Shard, plan_buckets
 from concertina.parallel.groups import Groups
 from concertina.parallel.zero import Bucket
 
-__all__ = ["BUCKET_BYTES", "GradientReducer", "Reduced", "make_buckets"]
-
-BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's default: large enough for bandwidth, small enough to overlap
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """How one parameter is reduced: `group` names its data-parallel group, `decay` whether weight decay applies.
-
-    `weight` is the number of elements it counts for when buckets are filled. It must be equal on every rank of the
-    world, which the size of `box` is not when experts are cut unevenly: buckets of all groups start in one order.
-    """
-
-    name: str
-    box: Box
-    group: str
-    decay: bool
-    weight: int
+__all__ = ["GradientReducer", "make_buckets"]
 
 
 def make_buckets(
-    parameters: dict[str, Tensor], reduced: Iterable[Reduced], groups: Groups, weight_decay: float
+    parameters: dict[str, Tensor], shards: Iterable[Shard], groups: Groups, weight_decay: float
 ) -> list[Bucket]:
-    """Cut parameters into buckets in reverse order, which is about the order the backward fills them in.
-
-    Parameters of a bucket share their group and their weight decay. Deterministic: equal on every rank.
-    """
-    planned: list[tuple[Reduced, list[Reduced]]] = []
-    open_buckets: dict[tuple[str, bool], tuple[int, list[Reduced]]] = {}
-    for item in reversed(list(reduced)):
-        key, size = (item.group, item.decay), item.weight * 4
-        filled, members = open_buckets.get(key, (0, []))
-        if not members or filled + size > BUCKET_BYTES:
-            filled, members = 0, []
-            planned.append((item, members))
-        members.append(item)
-        open_buckets[key] = filled + size, members
+    """The buckets of `plan_buckets`, with their buffers."""
     return [
         Bucket(
-            {item.name: parameters[item.name] for item in members},
-            {item.name: item.box for item in members},
-            groups[first.group],
-            weight_decay if first.decay else 0.0,
+            {shard.name: parameters[shard.name] for shard in members},
+            {shard.name: shard.box for shard in members},
+            groups[members[0].group],
+            weight_decay if members[0].decay else 0.0,
         )
-        for first, members in planned
+        for members in plan_buckets(shards)
     ]
 
 

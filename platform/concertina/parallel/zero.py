@@ -1,64 +1,19 @@
-"""Who owns which part of the optimizer's state, and how gradients get there and weights come back (ZeRO-1).
+"""How do gradients get to the owner of a piece, and weights back (ZeRO-1)?
 
-Each parameter's local box is cut along one dimension into one piece a rank of its data-parallel group; a bucket lays
-the pieces out rank-major (rank, parameter, rows), padded to the longest rank, so that one reduce-scatter serves the
-bucket and every piece is exactly one box. Experts reduce over `edp`, everything else over `dp_cp`.
-Source: ZeRO (Rajbhandari et al. 2020), stage 1; expert data parallel of DeepSpeed-MoE.
+Which piece that is, `layout/buckets.py` says. Source: ZeRO (Rajbhandari et al. 2020), stage 1; expert data parallel of
+DeepSpeed-MoE.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from concertina.layout import Box, cut
+from concertina.layout import Box, Slot, plan_slots, segment_length
 from concertina.parallel.collectives import Pending, all_gather_into, reduce_scatter_sum
 from concertina.parallel.groups import Group
 
-__all__ = ["Bucket", "Slot", "plan_slots", "split_dim"]
-
-
-def split_dim(shape: tuple[int, ...], parts: int) -> int:
-    """The dimension a box is cut along: the first one with a row for every part, else the longest."""
-    assert shape, "a scalar parameter has no dimension to cut: give it shape (1,)"
-    for dim, length in enumerate(shape):
-        if length >= parts:
-            return dim
-    return max(range(len(shape)), key=lambda dim: shape[dim])
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One rank's piece of one parameter: where it is in the local tensor, in the segment, and globally."""
-
-    name: str
-    dim: int
-    start: int
-    stop: int
-    offset: int
-    shape: tuple[int, ...]
-    box: Box
-
-    @property
-    def numel(self) -> int:
-        return self.box.size
-
-
-def plan_slots(boxes: dict[str, Box], parts: int) -> list[dict[str, Slot]]:
-    """Cut every parameter's local box for `parts` ranks: the slots of each rank by name, offsets in its segment."""
-    ranks: list[dict[str, Slot]] = []
-    for index in range(parts):
-        offset, slots = 0, {}
-        for name, local in boxes.items():
-            dim = split_dim(local.shape, parts)
-            start, stop = cut(local.shape[dim], parts, index)
-            box = local.cut(dim, parts, index)
-            slots[name] = Slot(name, dim, start, stop, offset, box.shape, box)
-            offset += box.size
-        ranks.append(slots)
-    return ranks
+__all__ = ["Bucket"]
 
 
 class Bucket:
@@ -74,7 +29,7 @@ class Bucket:
         self.slots = plan_slots({name: boxes[name] for name in parameters}, group.size)
         self.own = self.slots[group.rank]
         filled = [sum(slot.numel for slot in rank.values()) for rank in self.slots]
-        length = max(filled)
+        length = segment_length(self.slots)
         first = next(iter(parameters.values()))
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.grads = first.new_zeros(group.size, length, dtype=self.dtype)

@@ -21,7 +21,7 @@ from concertina.layout import Axis, Layout, cut
 from concertina.model import Decoder, ModelOutput
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
-from concertina.parallel.reducer import GradientReducer, Reduced, make_buckets
+from concertina.parallel.reducer import GradientReducer, make_buckets
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import load_boxes
 from concertina.state.manifest import read_manifest
@@ -77,16 +77,12 @@ class Engine:
         """
         self.layout, self.rank, self.groups = layout, rank, groups
         training = self.job.training
-        self.decoder = Decoder(self.job.model, DTYPES[training.precision], self.device, groups["ep"], training.seed)
-        self.information = self.decoder.parameter_information()
-        reduced = [
-            Reduced(name, info.box, "edp", info.decay, math.prod(info.global_shape) // groups["ep"].size)
-            if info.expert
-            else Reduced(name, info.box, "dp_cp", info.decay, math.prod(info.global_shape))
-            for name, info in self.information.items()
-        ]
+        dtype, sequence_parallel = DTYPES[training.precision], self.job.layout.sequence_parallel
+        self.decoder = Decoder(self.job.model, dtype, self.device, groups, training.seed, sequence_parallel)
+        self.shards = self.decoder.shards
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
-        self.reducer = GradientReducer(make_buckets(parameters, reduced, groups, training.weight_decay))
+        buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
+        self.reducer = GradientReducer(buckets)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training)
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -183,7 +179,7 @@ class Engine:
     def state(self) -> dict[str, BoxedTensor]:
         """The live boxes this rank owns: master weights and both moments of its optimizer shards."""
         return {
-            key: BoxedTensor(view, box, self.information[key.split("/", 1)[1]].global_shape)
+            key: BoxedTensor(view, box, self.shards[key.split("/", 1)[1]].global_shape)
             for key, (box, view) in self.optimizer.pieces().items()
         }
 

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from concertina.config import Job, load_job
 from concertina.data import TokenCorpus, prepare
 from concertina.elastic.messages import Committed, Evaluated, Message
-from concertina.layout import Layout, check_job
+from concertina.layout import Layout, check_job, kv_copies
 from concertina.parallel.groups import GroupOptions, Groups, form_groups
 from concertina.train.engine import Engine
 from concertina.train.loop import Loop
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(job.cluster.threads_per_worker)
     layout = check_job(job)
     engine = build_engine(job, prepare(job.data, Path(job.storage_path), job.model.vocab_size), torch.device("cpu"))
-    engine.configure(layout, rank, _groups(layout, rank))
+    engine.configure(layout, rank, _groups(layout, rank, kv_copies(job.model, layout.tp)))
     link = PrintingLink(arguments.steps_file)
     with tempfile.TemporaryDirectory(prefix="concertina-standalone-") as folder:
         started = time.perf_counter()
@@ -82,12 +82,12 @@ def main() -> None:
         print(json.dumps({"steps": len(link.committed), "tokens": tokens, "seconds": seconds}), flush=True)
 
 
-def _groups(layout: Layout, rank: int) -> Groups:
+def _groups(layout: Layout, rank: int, lanes_of_kv_head: int) -> Groups:
     if layout.world == 1:
         return Groups.alone()
     timeout = timedelta(seconds=60)
     store, _, _ = next(rendezvous("env://", timeout=timeout))
-    return form_groups(layout, rank, store, GroupOptions(timeout=timeout))
+    return form_groups(layout, rank, store, GroupOptions(timeout=timeout), lanes_of_kv_head)
 
 
 if __name__ == "__main__":
