@@ -152,3 +152,52 @@ def _reduce_alone(bucket: Any) -> None:
 def test_a_mutation_is_seen(mutation: str, reference: dict[str, Any]) -> None:
     losses = run_distributed(mutated, 4, tiny_job(), mutation)[0]
     assert relative(losses, reference["losses"][:5]) > 1e-8
+
+
+# -- weights travel under the next forward -----------------------------------------------------------------------------
+
+
+def travels(rank: int, store: Any, job: Job) -> dict[str, Any]:
+    """After each of two steps: weights that differ from their masters before and after the next forward has come by."""
+    engine = engine_on(job, Layout(2), rank, store)
+    waited: list[str] = []
+    arrive = engine.optimizer.arrive
+
+    def told(names: Any = None) -> None:
+        waited.extend(names or ())
+        arrive(names)
+
+    engine.optimizer.arrive = told  # type: ignore[method-assign]
+    stale = []
+    for step in (1, 2, 3):
+        engine.train_step(step)
+        stale.append(_stale(engine))
+    engine.settle()
+    return {
+        "stale": stale,
+        "settled": _stale(engine),
+        "order": waited[: len(engine.shards)],
+        "names": list(engine.shards),
+    }
+
+
+def _stale(engine: Any) -> int:
+    """Elements of this rank's weights that are not what its masters say."""
+    weights = dict(engine.decoder.named_tensors())
+    wrong = 0
+    for bucket, master in zip(engine.reducer.buckets, engine.optimizer.masters, strict=True):
+        for name, (slot, view) in bucket.own_views(master.detach()).items():
+            piece = weights[name].detach().narrow(slot.dim, slot.start, slot.stop - slot.start)
+            wrong += int((piece != view).sum())
+    return wrong
+
+
+def test_weights_arrive_when_the_next_forward_comes_to_them() -> None:
+    """Nobody waits after a step; each part waits for its own weights, one after the other."""
+    for found in run_distributed(travels, 2, tiny_job()):
+        assert all(stale > 0 for stale in found["stale"]), "the step itself does not wait"
+        assert found["settled"] == 0
+        assert sorted(found["order"]) == sorted(found["names"])
+        layers = [name.split(".")[1] for name in found["order"] if name.startswith("layers")]
+        assert layers == sorted(layers)
+        assert (found["order"][0], found["order"][-1]) == ("embedding.weight", "head.weight")

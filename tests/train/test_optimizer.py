@@ -55,6 +55,7 @@ class Model:
         squares = self.optimizer.local_sum_of_squares(shards).item()
         scale = 1.0 if clip is None else min(1.0, clip / (squares**0.5 + 1e-6))
         self.optimizer.apply(shards, scale, rate)
+        self.optimizer.arrive()
         return squares
 
 
@@ -121,6 +122,7 @@ def test_updates_set_the_bias_correction_as_a_resume_does() -> None:
         second.optimizer.pieces()[key][1].copy_(piece)
     second.optimizer.updates = first.optimizer.updates
     second.optimizer.publish()
+    second.optimizer.arrive()
     assert_equal(second, reference)
     second.step(gradients(4), 0.05)
     reference.step(gradients(4), 0.05)

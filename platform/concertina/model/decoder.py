@@ -47,8 +47,8 @@ class ModelOutput:
     expert_counts_LE: Tensor
 
 
-class _Table(Part):
-    """A matrix with a row for every token of the vocabulary, of which a lane of tp has its share."""
+class Embedding(Part):
+    """A row for every token of the vocabulary, of which a lane of tp has its share."""
 
     weight: Tensor
 
@@ -58,14 +58,33 @@ class _Table(Part):
         box = build.shards[f"{prefix}.weight"].box
         self.vocabulary = Vocabulary(build.lanes.group, box.start[0], box.stop[0])
 
-    def look_up(self, tokens_T: Tensor) -> Tensor:
+    def forward(self, tokens_T: Tensor) -> Tensor:
         """Rows of the tokens that are here, zeros for the others: [T, D], to be summed over the lanes."""
         if self.build.lanes.size == 1:
             return F.embedding(tokens_T, self.weight)
         index, found = self.vocabulary.here(tokens_T)
-        if not len(self.weight):  # a vocabulary smaller than tp
+        if not len(self.weight):  # fewer tokens in the vocabulary than lanes
             return self.weight.new_zeros(len(tokens_T), self.weight.shape[1]) + self.weight.sum()
         return F.embedding(index, self.weight) * found.unsqueeze(1)
+
+
+class Head(Part):
+    """Logits of every token of the vocabulary, and how wrong they are; its weight may be the embedding's."""
+
+    weight: Tensor
+
+    def __init__(self, build: Build, prefix: str, tied: Embedding | None) -> None:
+        super().__init__(build, prefix)
+        if tied is None:
+            self._make("weight")
+        else:
+            self.weight = tied.weight
+        box = build.shards[f"{prefix if tied is None else tied.prefix}.weight"].box
+        self.vocabulary = Vocabulary(build.lanes.group, box.start[0], box.stop[0])
+
+    def forward(self, x_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses, which every lane of tp knows, and the number of tokens counted."""
+        return cross_entropy_sum(x_TD, self.weight, targets_T, self.vocabulary)
 
 
 class Decoder(nn.Module):
@@ -87,10 +106,10 @@ class Decoder(nn.Module):
         build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes)
         self.build = build
         dispatcher = Dispatcher(model.num_experts, groups)
-        self.embedding = _Table(build, "embedding")
+        self.embedding = Embedding(build, "embedding")
         self.layers = nn.ModuleList(Block(build, layer, dispatcher) for layer in range(model.num_hidden_layers))
         self.norm = ResidualNorm(build, "norm")
-        self.head = self.embedding if model.tie_word_embeddings else _Table(build, "head")
+        self.head = Head(build, "head", self.embedding if model.tie_word_embeddings else None)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(global name, parameter) in the order of `shards`, which is that of computation."""
@@ -104,7 +123,7 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
-        x_RD = self.build.lanes.leave(self.embedding.look_up(tokens_BS.reshape(-1)))
+        x_RD = self.build.lanes.leave(self.embedding(tokens_BS.reshape(-1)))
         positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         turn = rotation(positions, self.model.width_of_head, self.model.rope_theta, self.build.dtype)
         routings = []
@@ -128,7 +147,7 @@ class Decoder(nn.Module):
         span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1))
         x_RD, routings = self.hidden(tokens_BS, span)
         x_TD = lanes.enter(x_RD, span.num_tokens)
-        loss, num_tokens = cross_entropy_sum(x_TD, self.head.weight, targets_BS.reshape(-1), self.head.vocabulary)
+        loss, num_tokens = self.head(x_TD, targets_BS.reshape(-1))
         nothing = torch.zeros_like(loss)
         if not lanes.speaks:
             loss, num_tokens = loss - loss.detach(), torch.zeros_like(num_tokens)

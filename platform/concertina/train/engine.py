@@ -18,7 +18,7 @@ from torch import Tensor
 from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
 from concertina.layout import Axis, Layout, cut
-from concertina.model import Decoder, ModelOutput
+from concertina.model import Decoder, ModelOutput, Part
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
@@ -84,6 +84,9 @@ class Engine:
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
         self.reducer = GradientReducer(buckets)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training)
+        for part in self.decoder.modules():
+            if isinstance(part, Part) and part.made:
+                part.register_forward_pre_hook(lambda part, _: self.optimizer.arrive(part.made.values()))
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -160,6 +163,10 @@ class Engine:
         ranks, total = all_reduce_sum(applied, self.groups.world).finish().tolist()
         return total == ranks * self.applied
 
+    def settle(self) -> None:
+        """Wait until the weights are those of the last applied step, which otherwise the next forward does."""
+        self.optimizer.arrive()
+
     # -- validation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -201,6 +208,7 @@ class Engine:
         Raises CheckpointError when it is another model's; verify the folder first.
         """
         facts = read_manifest(folder).facts
+        self.settle()
         load_boxes(folder, self.state())
         self.applied, self.tokens = int(facts["step"]), int(facts["tokens"])
         self.optimizer.updates = int(facts["updates"])

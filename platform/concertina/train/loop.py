@@ -142,6 +142,7 @@ class Loop:
         """Commit the last step and leave a checkpoint of it."""
         step = self.engine.applied
         self._commit_now()
+        self.engine.settle()
         if self.saved != step and step > 0:
             self._save(step)
         self.link.progress(step, "last checkpoint")
