@@ -43,6 +43,11 @@ TESTED: list[Degrees] = [
 ]
 
 
+def odd_job(**changes: Any) -> Job:
+    """Seven sequences of eleven tokens: lanes get unequal numbers of them, and no lane whole sequences only."""
+    return tiny_job(**{"training__global_batch_size": 7, "data__sequence_length": 11, **changes})
+
+
 def all_degrees(most_ranks: int) -> list[Degrees]:
     """Every layout of the tiny job that fits up to so many ranks."""
     found = []
@@ -105,7 +110,7 @@ def assemble(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 @cache
 def one_process(precision: str, changes: str = "{}") -> dict[str, Any]:
     """`changes` to the tiny job are written out, so that they can be remembered."""
-    return gradients_of(0, None, tiny_job(training__precision=precision, **literal_eval(changes)), (1, 1, 1, 1))
+    return gradients_of(0, None, odd_job(training__precision=precision, **literal_eval(changes)), (1, 1, 1, 1))
 
 
 def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -120,7 +125,7 @@ def check(degrees: Degrees, precision: str, bound: float, **changes: Any) -> Non
     """Loss and every gradient of a step, and in float64 two whole steps and a validation, equal one process."""
     mathematics = {key: value for key, value in changes.items() if key != "layout"}
     reference = one_process(precision, repr(mathematics))
-    ranks = on_ranks(gradients_of, degrees[0], tiny_job(training__precision=precision, **changes), degrees)
+    ranks = on_ranks(gradients_of, degrees[0], odd_job(training__precision=precision, **changes), degrees)
     error, where = worst_error(assemble(ranks), assemble([reference]))
     assert error < bound, f"{where}: {error:.2e}"
     for rank in ranks:
@@ -165,7 +170,7 @@ def test_micro_batches_on_a_folded_layout(micro: int) -> None:
 )
 def test_a_mutation_is_seen(degrees: Degrees, mutation: str) -> None:
     reference = one_process("float64")
-    ranks = on_ranks(gradients_of, degrees[0], tiny_job(), degrees, mutation)
+    ranks = on_ranks(gradients_of, degrees[0], odd_job(), degrees, mutation)
     error, _ = worst_error(assemble(ranks), assemble([reference]))
     assert error > 1e-6 or ranks[0]["facts"][0] != pytest.approx(reference["facts"][0], rel=1e-6)
 

@@ -119,7 +119,8 @@ class Decoder(nn.Module):
 
     def span(self, tokens_BS: Tensor, tokens_B: Tensor) -> Span:
         """Which of the micro-batch's tokens this lane holds between products."""
-        return Span(*tokens_BS.shape, *self.build.lanes.share(tokens_BS.numel()), tokens_B)
+        num_sequences, length = tokens_BS.shape
+        return Span(num_sequences, length, *self.build.lanes.share(tokens_BS.numel()), tokens_B)
 
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""

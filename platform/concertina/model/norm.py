@@ -73,14 +73,18 @@ class RMSNorm(Part):
         self.pieces = pieces
         self._make("weight")
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        weight = self.weight if weight is None else weight
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.gradient_weight()
         flat = x.flatten(x.dim() - weight.dim()) if weight.dim() > 1 else x
         return rms_norm(flat, weight.flatten(), self.build.model.rms_norm_eps, self.pieces).view(x.shape)
+
+    def gradient_weight(self) -> Tensor:
+        """The weight, as it counts in gradients."""
+        return self.weight
 
 
 class ResidualNorm(RMSNorm):
     """RMSNorm of the residual stream, whose tokens every lane may hold alike."""
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        return super().forward(x_RD, self.build.lanes.count_once(self.weight))
+    def gradient_weight(self) -> Tensor:
+        return self.build.lanes.count_once(self.weight)

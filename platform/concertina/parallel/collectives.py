@@ -60,7 +60,7 @@ def all_reduce_max(x: Tensor, group: Group) -> Pending:
     if group.size == 1:
         return Pending(lambda: x)
     options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp.MAX
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
     return _after(group.backend.allreduce([x], options), x)
 
 
