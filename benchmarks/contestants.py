@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CONTESTANTS", "SHAPE", "Shape"]
+__all__ = ["CONTESTANTS", "SHAPE", "OneBatch", "Shape", "job_of_shape"]
 
 Step = Callable[[], float]
 
@@ -65,7 +65,7 @@ def _batch() -> Any:
     return torch.randint(0, SHAPE.vocab_size, (SHAPE.sequences, SHAPE.sequence_tokens + 1), generator=generator)
 
 
-def _job() -> Any:
+def job_of_shape() -> Any:
     from concertina.config import Job
 
     return Job.model_validate(
@@ -87,7 +87,7 @@ def _job() -> Any:
     )
 
 
-class _OneBatch:
+class OneBatch:
     """A view with one batch, so that reading data is no part of the measurement."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class _OneBatch:
         return SHAPE.sequences
 
     def read(self, ids: list[int]) -> Any:
-        return self.tokens[: len(ids)], self.targets[: len(ids)]
+        return self.tokens[ids], self.targets[ids]
 
 
 def concertina_engine() -> Step:
@@ -111,8 +111,8 @@ def concertina_engine() -> Step:
     from concertina.train.engine import Engine
 
     keep_freed_memory()
-    view: Any = _OneBatch()
-    engine = Engine(_job(), view, view, torch.device("cpu"))
+    view: Any = OneBatch()
+    engine = Engine(job_of_shape(), view, view, torch.device("cpu"))
     engine.configure(Layout.of(1), 0, Groups.alone())
     steps = iter(range(1, 1 << 30))
     return _timed(lambda: engine.train_step(next(steps)))
@@ -127,8 +127,8 @@ def concertina_decoder() -> Step:
     from concertina.parallel.groups import Group
 
     keep_freed_memory()
-    model = _job().model
-    view = _OneBatch()
+    model = job_of_shape().model
+    view = OneBatch()
     decoder = Decoder(model, torch.float32, torch.device("cpu"), Group.alone("ep"), 0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
 

@@ -1,5 +1,5 @@
 """python -m benchmarks.throughput -o FILE: how fast is a training step in one process, against whom, and how fast
-could it be?
+could it be? What does each axis of a layout cost, and what does Ray?
 
 Every contestant is a process of its own; they take turns, a step each, so that whatever else the machine does hits all
 of them alike. Ratios are of the medians, theirs the best of transformers' expert implementations and AdamWs.
@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from benchmarks.axes import measure_axes, rows_of_axes
 from benchmarks.contestants import CONTESTANTS, SHAPE
 from benchmarks.ranks import JOB, measure_ranks, rows_of_ranks
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
@@ -130,9 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="result file, e.g. benchmarks/results/...")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default 1 2)")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="thread counts (default 1 2)")
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), help="contestants (default: all)")
     parser.add_argument("--ranks-rounds", type=int, default=5, help="rounds of Ray against torchrun (0: leave it out)")
+    parser.add_argument("--axes-rounds", type=int, default=9, help="rounds of the layouts (0: leave them out)")
     parser.add_argument("--allow-dirty", action="store_true", help="a trial: measure uncommitted code")
     options = parser.parse_args(arguments)
     try:
@@ -140,13 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows: list[Row] = []
         for threads in options.threads:
             rows += rows_of(threads, measure(threads, options.rounds, options.only))
+        if options.axes_rounds:
+            rows += rows_of_axes(measure_axes(options.axes_rounds))
         if options.ranks_rounds:
             rows += rows_of_ranks(measure_ranks(options.ranks_rounds))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    config = {**asdict(SHAPE), "rounds": options.rounds, "threads": options.threads}
-    write_result(options.output, {**config, "ranks_rounds": options.ranks_rounds, "ranks_job": JOB.name}, rows)
+    settings = {name: getattr(options, name) for name in ("rounds", "threads", "axes_rounds", "ranks_rounds")}
+    write_result(options.output, {**asdict(SHAPE), **settings, "ranks_job": JOB.name}, rows)
     print(show(rows))
     return 0
 
