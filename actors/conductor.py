@@ -40,7 +40,7 @@ log = logging.getLogger("concertina.coordinator")
 
 LEASE_EVERY_S = 5.0  # a tenth of what agents grant
 STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
-TURN_S, TURN_WITHOUT_ROOM_S = 0.25, 1.0
+TURN_S, TURN_WITHOUT_ROOM_S = 0.5, 1.0  # news of ranks wakes it at once; turns cost the ranks processor time
 _NEWS = (Started, Finished, RankError)  # the others are written down, and nothing follows from them
 
 

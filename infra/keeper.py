@@ -31,7 +31,7 @@ __all__ = ["NAMESPACE_PREFIX", "Watch", "Why", "main"]
 
 NAMESPACE_PREFIX = "concertina"
 _SESSION_NAME = "session"  # short: a Unix socket's path holds 107 characters
-_TICK = timedelta(seconds=0.25)
+_TICK = timedelta(seconds=1)  # the driver's end and a wish to stop wake it at once
 _START_TICK = timedelta(seconds=0.02)
 _END_BOUND = timedelta(seconds=15)
 

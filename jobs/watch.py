@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch"]
 
-POLL_S = 0.25
+POLL_S = 0.5
 ANSWER_BOUND_S = 90.0  # a coordinator may start on a busy machine, or start again
 SYNC_BOUND = timedelta(seconds=20)
 EXIT_CODES = {"finished": 0, "stopped": 103}
