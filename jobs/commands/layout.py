@@ -100,8 +100,9 @@ class _Cost:
 
     def lines(self) -> list[str]:
         """For people: what is counted stands beside the number."""
+        total, active = short_number(self.total), short_number(self.active)
         return [
-            f"model       {short_number(self.total)} parameters, {short_number(self.active)} of them active for a token",
+            f"model       {total} parameters, {active} of them active for a token",
             f"training    {_short_flops(self.flops_per_token)} a token: products of forward and backward, causal "
             f"attention over {self.sequence_length} tokens",
             *self._memory(),

@@ -85,9 +85,10 @@ def _lines(opened: OpenedJob) -> list[str]:
     job, layout = opened.job, opened.layout
     total, active = count_parameters(job.model)
     batch, length, steps = job.training.global_batch_size, job.data.sequence_length, job.training.steps
+    tokens = short_number(steps * batch * length)
     return [
         f"model     {short_number(total)} parameters, {short_number(active)} of them active for a token",
         f"layout    {layout.world} ranks: pp {layout.pp}, attention dp {layout.dp} cp {layout.cp} tp {layout.tp}, "
         f"experts edp {layout.edp} ep {layout.ep} etp {layout.etp}",
-        f"training  {steps} steps of {batch} sequences of {length} tokens: {short_number(steps * batch * length)} tokens",
+        f"training  {steps} steps of {batch} sequences of {length} tokens: {tokens} tokens",
     ]

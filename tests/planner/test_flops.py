@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import SHAPE
-from concertina.config import ModelConfig, load_job
-from concertina.model import Decoder
-from concertina.parallel.groups import Groups
+from concertina.config import load_job
+from concertina.layout import Layout
 from concertina.planner.flops import flops_per_token
-from tests.train.worlds import tiny_job
+from tests.train.worlds import seated_engine, tiny_job
 
 pytestmark = pytest.mark.unit
 
@@ -40,15 +41,15 @@ def _in_place_product(_: torch.Size, left: torch.Size, right: torch.Size, **rest
         {"head_dim": 24, "tie_word_embeddings": True},
     ],
 )
-def test_torch_counts_the_same(changes: dict[str, object]) -> None:
+def test_torch_counts_the_same(changes: dict[str, Any]) -> None:
     """Sequences of one token, where there is nothing that a mask could leave out."""
-    model = ModelConfig.model_validate({**tiny_job().model.model_dump(), **changes})
-    decoder = Decoder(model, torch.float64, torch.device("cpu"), Groups.alone(), 0)
+    job = tiny_job(model=changes)
+    decoder = seated_engine(job, Layout(1), 0).decoder
     tokens = torch.arange(16).view(16, 1)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place_product}) as counter:
         output = decoder(tokens, tokens + 1)
         (output.loss_sum + output.aux_sum + output.z_sum).backward()
-    assert counter.get_total_flops() == 16 * flops_per_token(model, 1, causal=False)
+    assert counter.get_total_flops() == 16 * flops_per_token(job.model, 1, causal=False)
 
 
 def test_the_throughput_benchmark_divides_by_it() -> None:

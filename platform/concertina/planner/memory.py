@@ -64,7 +64,9 @@ class Extremes:
 def rank_bytes(model: ModelConfig, layout: Layout, precision: Precision, rank: int) -> RankBytes:
     """What `rank` allocates. Raises LayoutError for pp above 1: layers are not cut by stage yet."""
     if layout.pp > 1:
-        raise LayoutError(f"layers are not cut over pp={layout.pp} stages yet, so no rank's bytes are known: set layout.pp to 1")
+        raise LayoutError(
+            f"layers are not cut over pp={layout.pp} stages yet, so no rank's bytes are known: set layout.pp to 1"
+        )
     held = shards(model, layout, rank).values()
     elements, buckets = _reduced(held, _group_sizes(model, layout))
     wide = _WIDE[precision]
