@@ -19,8 +19,7 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and batch that everyone computes. `flops_per_token` counts products only: 6 for every weight a token
-    meets, and the causal half of attention."""
+    """The model and batch that everyone computes."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -38,12 +37,10 @@ class Shape:
         return self.sequences * self.sequence_tokens
 
     @property
-    def flops_per_token(self) -> float:
-        attention = self.hidden_size**2 * 2 + 2 * self.hidden_size**2 * self.kv_heads // self.heads
-        experts = self.experts_per_token * 3 * self.hidden_size * self.expert_width
-        layer = attention + experts + self.experts * self.hidden_size
-        weights = self.layers * layer + self.vocab_size * self.hidden_size
-        return 6.0 * weights + 6.0 * self.layers * self.sequence_tokens * self.hidden_size
+    def flops_per_token(self) -> int:
+        from concertina.planner.flops import flops_per_token
+
+        return flops_per_token(_job().model, self.sequence_tokens)
 
 
 SHAPE = Shape()
@@ -124,12 +121,12 @@ def concertina_decoder() -> Step:
 
     from concertina.model import Decoder
     from concertina.model.host_memory import keep_freed_memory
-    from concertina.parallel.groups import Group
+    from concertina.parallel.groups import Groups
 
     keep_freed_memory()
     model = job_of_shape().model
     view = OneBatch()
-    decoder = Decoder(model, torch.float32, torch.device("cpu"), Group.alone("ep"), 0)
+    decoder = Decoder(model, torch.float32, torch.device("cpu"), Groups.alone(), 0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
 
     def step() -> None:

@@ -12,7 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Output", "OutputOption", "TableOption", "TableOutput", "next_commands", "print_json", "print_table"]
+__all__ = [
+    "Output",
+    "OutputOption",
+    "TableOption",
+    "TableOutput",
+    "next_commands",
+    "print_json",
+    "print_table",
+    "short_bytes",
+    "short_number",
+]
 
 
 class Output(StrEnum):
@@ -85,3 +95,19 @@ def next_commands(commands: Sequence[tuple[str, str]]) -> None:
     width = max(len(command) for command, _ in commands)
     lines = [f"  {command:<{width}}  # {what}" for command, what in commands]
     sys.stdout.write("\n".join(["", "next:", *lines]) + "\n")
+
+
+def short_number(number: int) -> str:
+    """`46.7 B`."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {letter}"
+    return str(number)
+
+
+def short_bytes(number: int) -> str:
+    """`1.25 GiB`."""
+    for size, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number} B"

@@ -18,10 +18,18 @@ from datetime import timedelta
 from queue import Empty
 from typing import Any
 
-from concertina.layout import Layout
-from concertina.parallel.groups import GroupOptions, Groups, connect_store, form_groups, make_store
+from concertina.layout import GROUPS, STAGE, Layout
+from concertina.parallel.groups import (
+    KV,
+    Group,
+    GroupOptions,
+    Groups,
+    connect_store,
+    form_groups,
+    make_store,
+)
 
-__all__ = ["form", "listening_store", "on_ranks", "run_distributed"]
+__all__ = ["form", "listening_store", "on_ranks", "run_distributed", "seat"]
 
 # What ranks need is imported once, by the process they are forked from.
 _PRELOAD = ["torch", "pytest", "concertina.train.loop", "concertina.train.standalone", "tests.train.worlds"]
@@ -40,6 +48,14 @@ def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0, kv_lane
     if layout.world == 1:
         return Groups.alone()
     return form_groups(layout, rank, store, GroupOptions(timeout=timedelta(seconds=timeout_s)), kv_lanes)
+
+
+def seat(layout: Layout, rank: int, kv_lanes: int = 1) -> Groups:
+    """The groups of `rank` as far as building needs them: who is in them, and no way to talk."""
+    members = {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
+    members[KV] = layout.neighbours_of(rank, kv_lanes)
+    named = {name: Group(name, ranks, ranks.index(rank)) for name, ranks in members.items()}
+    return Groups(0, layout, Group("world", tuple(range(layout.world)), rank), named)
 
 
 def _context() -> Any:

@@ -1,15 +1,20 @@
-"""Who is where? `concertina layout --world 64 --pp 2 --cp 2 --tp 4 --ep 8`"""
+"""Who is where, and what does a rank hold? `concertina layout --world 64 --pp 2 --cp 2 --tp 4 --ep 8`"""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from concertina.errors import ConfigError
+from concertina.errors import ConfigError, LayoutError
 from concertina.layout import Layout, draw
-from jobs.output import Output, OutputOption, next_commands, print_json
+from jobs.output import Output, OutputOption, next_commands, print_json, short_bytes, short_number
+
+if TYPE_CHECKING:  # bare degrees need neither YAML nor the schema
+    from concertina.planner.memory import Extremes, RankBytes
+    from jobs.opening import OpenedJob
 
 __all__ = ["layout"]
 
@@ -30,7 +35,8 @@ def layout(
 
     \b
     dp and edp follow from the world: dp*cp*tp == edp*ep*etp == world/pp.
-    With -o json: the degrees of both grids and the ranks of every group.
+    Of a job also: parameters, FLOPs a token, bytes of weights, gradients and optimizer on the largest and the
+    smallest rank. With -o json: the degrees of both grids and the ranks of every group; bytes exact.
 
     \b
     Example:
@@ -39,25 +45,103 @@ def layout(
     """
     given = {"pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
     degrees = {axis: value for axis, value in given.items() if value is not None}
+    cost = None
     if file is not None:
-        chosen = _of_job(file, world, degrees)
+        opened = _open(file, world, degrees)
+        chosen, cost = opened.layout, _cost(opened)
     elif world is not None:
         chosen = Layout(world, **degrees)
     else:
         raise ConfigError("which layout? Give a job file, or --world and degrees: concertina layout --world 8 --ep 4")
     if output is Output.JSON:
-        print_json(chosen.to_json())
+        print_json({**chosen.to_json(), **(cost.to_json() if cost else {})})
         return
     sys.stdout.write(draw(chosen) + "\n")
+    if cost:
+        sys.stdout.write("\n" + "".join(f"{line}\n" for line in cost.lines()))
     words = [file] if file is not None else []
     words += [f"--{key} {value}" for key, value in {"world": world, **degrees}.items() if value is not None]
     next_commands([(f"concertina layout {' '.join(words)} -o json", "every group's ranks")])
 
 
-def _of_job(file: str, world: int | None, degrees: dict[str, int]) -> Layout:
-    from jobs.opening import open_job  # bare degrees need neither YAML nor the schema
+def _open(file: str, world: int | None, degrees: dict[str, int]) -> OpenedJob:
+    from jobs.opening import open_job
 
     overrides = [f"layout.{axis}={value}" for axis, value in degrees.items()]
     if world is not None:
         overrides += [f"cluster.num_workers={world}", "cluster.num_nodes=1"]  # nodes are not drawn
-    return open_job(file, overrides).layout
+    return open_job(file, overrides)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a job's model is and takes. `bytes_per_rank`: or why it is not known."""
+
+    total: int
+    active: int
+    flops_per_token: int
+    sequence_length: int
+    precision: str
+    bytes_per_rank: Extremes | str
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.bytes_per_rank
+        known = None
+        if not isinstance(found, str):
+            known = {
+                "largest": {"rank": found.largest, **found.most.to_json()},
+                "smallest": {"rank": found.smallest, **found.least.to_json()},
+            }
+        return {
+            "parameters": {"total": self.total, "active": self.active},
+            "flops_per_token": self.flops_per_token,
+            "bytes_per_rank": known,
+        }
+
+    def lines(self) -> list[str]:
+        """For people: what is counted stands beside the number."""
+        total, active = short_number(self.total), short_number(self.active)
+        return [
+            f"model       {total} parameters, {active} of them active for a token",
+            f"training    {_short_flops(self.flops_per_token)} a token: products of forward and backward, causal "
+            f"attention over {self.sequence_length} tokens",
+            *self._memory(),
+        ]
+
+    def _memory(self) -> list[str]:
+        found = self.bytes_per_rank
+        if isinstance(found, str):
+            return [f"memory      {found}"]
+        names = f"memory, {self.precision:<12}" + "".join(
+            f"{name:>12}" for name in ("weights", "gradients", "optimizer", "total")
+        )
+        if found.most == found.least:
+            return [names, _row("every rank", found.most)]
+        return [
+            names,
+            _row(f"rank {found.largest}, most", found.most),
+            _row(f"rank {found.smallest}, least", found.least),
+        ]
+
+
+def _short_flops(number: int) -> str:
+    """`79.7 GFLOP`."""
+    return f"{number / 1e9:.1f} GFLOP" if number >= 1e9 else f"{number / 1e6:.1f} MFLOP"
+
+
+def _row(label: str, held: RankBytes) -> str:
+    return f"  {label:<18}" + "".join(f"{short_bytes(number):>12}" for number in held.to_json().values())
+
+
+def _cost(opened: OpenedJob) -> _Cost:
+    from concertina.config import count_parameters
+    from concertina.planner.flops import flops_per_token
+    from concertina.planner.memory import extremes
+
+    model, length, precision = opened.job.model, opened.job.data.sequence_length, opened.job.training.precision
+    try:
+        held: Extremes | str = extremes(model, opened.layout, precision)
+    except LayoutError as error:
+        held = error.message
+    flops = flops_per_token(model, length)
+    return _Cost(*count_parameters(model), flops, length, precision, held)

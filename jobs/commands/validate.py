@@ -11,7 +11,7 @@ import typer
 from concertina.config import count_parameters, digest, dump_job
 from concertina.errors import ConfigError
 from jobs.opening import OpenedJob, SetOption, open_job
-from jobs.output import Output, OutputOption, next_commands, print_json
+from jobs.output import Output, OutputOption, next_commands, print_json, short_number
 
 __all__ = ["validate"]
 
@@ -85,17 +85,10 @@ def _lines(opened: OpenedJob) -> list[str]:
     job, layout = opened.job, opened.layout
     total, active = count_parameters(job.model)
     batch, length, steps = job.training.global_batch_size, job.data.sequence_length, job.training.steps
+    tokens = short_number(steps * batch * length)
     return [
-        f"model     {_short(total)} parameters, {_short(active)} of them active for a token",
+        f"model     {short_number(total)} parameters, {short_number(active)} of them active for a token",
         f"layout    {layout.world} ranks: pp {layout.pp}, attention dp {layout.dp} cp {layout.cp} tp {layout.tp}, "
         f"experts edp {layout.edp} ep {layout.ep} etp {layout.etp}",
-        f"training  {steps} steps of {batch} sequences of {length} tokens: {_short(steps * batch * length)} tokens",
+        f"training  {steps} steps of {batch} sequences of {length} tokens: {tokens} tokens",
     ]
-
-
-def _short(number: int) -> str:
-    """`46.7 B`."""
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.1f} {letter}"
-    return str(number)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from concertina.config import ModelConfig, count_parameters, load_job
+from concertina.layout import Box, Layout, shards
+from tests.house.tree import ROOT
 
 pytestmark = pytest.mark.unit
 
@@ -28,6 +32,16 @@ def test_published_counts(job: str, exact: int, total_billion: float, active_bil
     assert count.total == exact
     assert count.total / B == pytest.approx(total_billion, abs=0.06)
     assert count.active / B == pytest.approx(active_billion, abs=0.06)
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_counts_are_those_of_the_table_of_shards(job: Path) -> None:
+    model = load_job(job).model
+    sizes = {shard: Box.whole(shard.global_shape).size for shard in shards(model, Layout(1), 0).values()}
+    routed = sum(size for shard, size in sizes.items() if shard.expert)
+    unused = routed // model.num_experts * (model.num_experts - model.num_experts_per_tok)
+    total = sum(sizes.values())
+    assert count_parameters(model) == (total, total - unused)
 
 
 def test_by_hand() -> None:

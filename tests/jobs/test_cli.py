@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from concertina import errors
+from concertina.config import load_job
 from concertina.layout import Layout
+from concertina.planner.flops import flops_per_token
+from concertina.planner.memory import rank_bytes
 from jobs.cli import COMMANDS, main
 
 pytestmark = pytest.mark.unit
@@ -40,6 +43,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         (["--help"], ["ray", "torch", "mlflow"]),
         *[([name, "--help"], ["ray", "torch", "mlflow"]) for name, _ in COMMANDS],
         (["validate", "quickstart"], ["ray", "torch", "mlflow", "numpy"]),
+        (["layout", "quickstart"], ["ray", "torch", "mlflow", "numpy"]),
         (["layout", "--world", "8"], ["ray", "torch", "mlflow", "numpy", "yaml", "concertina.config"]),
     ],
     ids=lambda value: " ".join(value),
@@ -150,6 +154,40 @@ def test_layout_of_a_job_takes_degrees_from_the_command_line(run: Callable[..., 
     code, out, _ = run("layout", "quickstart", "--world", "6", "--ep", "3", "-o", "json")
     assert code == 0
     assert json.loads(out)["expert"] == {"pp": 1, "edp": 2, "ep": 3, "etp": 1}
+
+
+def test_layout_of_a_job_prints_what_it_takes(run: Callable[..., Outcome]) -> None:
+    words = ["layout", "quickstart", "--world", "6", "--tp", "2", "--ep", "3"]
+    document = json.loads(run(*words, "-o", "json")[1])
+    job = load_job(ROOT / "jobs/quickstart.yaml")
+    layout = Layout(6, tp=2, ep=3)
+    held = {rank: rank_bytes(job.model, layout, "float32", rank) for rank in range(6)}
+    assert {key: document[key] for key in layout.to_json()} == layout.to_json()
+    assert document["parameters"] == {"total": 4_921_728, "active": 2_267_520}
+    assert document["flops_per_token"] == flops_per_token(job.model, 256)
+    assert document["bytes_per_rank"] == {
+        "largest": {"rank": 0, **held[0].to_json()},
+        "smallest": {"rank": 2, **held[2].to_json()},
+    }
+    _, out, _ = run(*words)
+    assert "\nmodel       4.9 M parameters, 2.3 M of them active for a token\n" in out
+    assert (
+        "\ntraining    14.2 MFLOP a token: products of forward and backward, causal attention over 256 tokens\n" in out
+    )
+    rows = out.partition("\nmemory, float32 ")[2].splitlines()
+    assert rows[0].split() == ["weights", "gradients", "optimizer", "total"]
+    assert rows[1] == "  rank 0, most          7.71 MiB   13.68 MiB   12.78 MiB   34.17 MiB"
+    assert rows[2].startswith("  rank 2, least ")
+    assert len({len(row) for row in rows[1:3]}) == 1
+
+
+def test_layout_of_equal_ranks_and_of_stages(run: Callable[..., Outcome]) -> None:
+    assert "\n  every rank           12.02 MiB   16.72 MiB   14.08 MiB   42.82 MiB\n" in run("layout", "quickstart")[1]
+    _, out, _ = run("layout", "mixtral-8x7b", "--world", "64", "--tp", "2", "--ep", "8")
+    assert "\nmodel       46.7 B parameters, 12.9 B of them active for a token\n" in out
+    assert "\ntraining    79.7 GFLOP a token: " in out
+    assert "\nmemory      layers are not cut over pp=4 stages yet" in out
+    assert json.loads(run("layout", "mixtral-8x7b", "-o", "json")[1])["bytes_per_rank"] is None
 
 
 def test_layout_ends_with_the_next_command(run: Callable[..., Outcome]) -> None:

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from jobs.output import TableOutput, next_commands, print_json, print_table
+from jobs.output import TableOutput, next_commands, print_json, print_table, short_bytes, short_number
 
 pytestmark = pytest.mark.unit
 
@@ -53,3 +53,8 @@ def test_next_commands_line_up(capsys: pytest.CaptureFixture[str]) -> None:
         "  concertina a       # one",
         "  concertina longer  # two",
     ]
+
+
+def test_short_forms_of_counts_and_bytes() -> None:
+    assert [short_number(n) for n in (7, 1500, 4_921_728, 46_702_792_704)] == ["7", "1.5 k", "4.9 M", "46.7 B"]
+    assert [short_bytes(n) for n in (7, 1536, 12_607_488, 5 << 29)] == ["7 B", "1.50 KiB", "12.02 MiB", "2.50 GiB"]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from concertina.config import ModelConfig
-from concertina.layout import GROUPS, STAGE, Box, Layout
+from concertina.layout import Box, Layout
 from concertina.model import Decoder
-from concertina.parallel.groups import Group, Groups
+from concertina.parallel.groups import Groups
+from tests.distributed import seat
 from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
@@ -31,12 +32,6 @@ MODEL = ModelConfig(
 
 def decoder(model: ModelConfig = MODEL, dtype: torch.dtype = torch.float64, groups: Groups | None = None) -> Decoder:
     return Decoder(model, dtype, torch.device("cpu"), groups or Groups.alone(), 7)
-
-
-def seat(layout: Layout, rank: int) -> Groups:
-    """The groups of a rank as far as building needs them: who is in them, and no way to talk."""
-    named = {name: Group(name, ranks := layout.group_of(name, rank), ranks.index(rank)) for name in (*GROUPS, STAGE)}
-    return Groups(0, layout, Group("world", tuple(range(layout.world)), rank), named)
 
 
 def batch(sequences: int = 4, length: int = 12) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from concertina.config import Job
 from concertina.layout import Layout, kv_copies
 from concertina.train.engine import Engine
-from tests.distributed import form
+from tests.distributed import form, seat
 
-__all__ = ["TinyView", "engine_on", "tiny_job"]
+__all__ = ["TinyView", "engine_on", "seated_engine", "tiny_job"]
 
 
 class TinyView:
@@ -72,11 +72,22 @@ def tiny_job(**changes: Any) -> Job:
     return Job.model_validate(document)
 
 
-def engine_on(job: Job, layout: Layout, rank: int, store: Any) -> Engine:
-    """A configured engine of one rank."""
+def _unconfigured(job: Job) -> Engine:
     torch.set_num_threads(1)  # tensors this small only lose by threads
     length, vocabulary = job.data.sequence_length, job.model.vocab_size
     views = (TinyView(61, length, vocabulary), TinyView(9, length, vocabulary))
-    engine = Engine(job, *views, torch.device("cpu"))
+    return Engine(job, *views, torch.device("cpu"))
+
+
+def engine_on(job: Job, layout: Layout, rank: int, store: Any) -> Engine:
+    """A configured engine of one rank."""
+    engine = _unconfigured(job)
     engine.configure(layout, rank, form(layout, rank, store, kv_lanes=kv_copies(job.model, layout.tp)))
+    return engine
+
+
+def seated_engine(job: Job, layout: Layout, rank: int) -> Engine:
+    """A rank's engine without its peers: it has all its state, and nobody to compute with."""
+    engine = _unconfigured(job)
+    engine.configure(layout, rank, seat(layout, rank, kv_copies(job.model, layout.tp)))
     return engine

@@ -2,7 +2,15 @@
 
 from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, STAGE, Axis
 from concertina.layout.box import Box, cut
-from concertina.layout.buckets import BUCKET_BYTES, Slot, plan_buckets, plan_slots, segment_length, split_dim
+from concertina.layout.buckets import (
+    BUCKET_BYTES,
+    Slot,
+    plan_buckets,
+    plan_slots,
+    rank_slots,
+    segment_length,
+    split_dim,
+)
 from concertina.layout.draw import draw
 from concertina.layout.fit import check_job
 from concertina.layout.fold import Layout
@@ -30,6 +38,7 @@ __all__ = [
     "kv_copies",
     "plan_buckets",
     "plan_slots",
+    "rank_slots",
     "segment_length",
     "shards",
     "split_dim",

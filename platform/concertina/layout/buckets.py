@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from concertina.layout.box import Box, cut
 from concertina.layout.shards import Shard
 
-__all__ = ["BUCKET_BYTES", "Slot", "plan_buckets", "plan_slots", "segment_length", "split_dim"]
+__all__ = ["BUCKET_BYTES", "Slot", "plan_buckets", "plan_slots", "rank_slots", "segment_length", "split_dim"]
 
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's default: large enough for bandwidth, small enough to overlap
 
@@ -64,17 +64,19 @@ class Slot:
 
 def plan_slots(boxes: dict[str, Box], parts: int) -> list[dict[str, Slot]]:
     """Cut every parameter's local box for `parts` ranks: the slots of each rank by name, offsets in its segment."""
-    ranks: list[dict[str, Slot]] = []
-    for index in range(parts):
-        offset, slots = 0, {}
-        for name, local in boxes.items():
-            dim = split_dim(local.shape, parts)
-            start, stop = cut(local.shape[dim], parts, index)
-            box = local.cut(dim, parts, index)
-            slots[name] = Slot(name, dim, start, stop, offset, box.shape, box)
-            offset += box.size
-        ranks.append(slots)
-    return ranks
+    return [rank_slots(boxes, parts, index) for index in range(parts)]
+
+
+def rank_slots(boxes: dict[str, Box], parts: int, index: int) -> dict[str, Slot]:
+    """Those of rank number `index`. The first rank's are the longest: `cut` puts larger pieces first."""
+    offset, slots = 0, {}
+    for name, local in boxes.items():
+        dim = split_dim(local.shape, parts)
+        start, stop = cut(local.shape[dim], parts, index)
+        box = local.cut(dim, parts, index)
+        slots[name] = Slot(name, dim, start, stop, offset, box.shape, box)
+        offset += box.size
+    return slots
 
 
 def segment_length(ranks: list[dict[str, Slot]]) -> int:

@@ -1,0 +1,1 @@
+"""What would a layout cost, before anything starts?"""
