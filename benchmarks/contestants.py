@@ -40,7 +40,7 @@ class Shape:
     def flops_per_token(self) -> int:
         from concertina.planner.flops import flops_per_token
 
-        return flops_per_token(_job().model, self.sequence_tokens)
+        return flops_per_token(job_of_shape().model, self.sequence_tokens)
 
 
 SHAPE = Shape()
