@@ -77,10 +77,9 @@ class Conductor:
 
     def _record_start(self) -> None:
         plan = self.plan
-        degrees = {"world": plan.layout.world, "ep": plan.layout.ep, "dp": plan.layout.dp, "edp": plan.layout.edp}
         resumed = plan.resume_step if plan.resume_from is not None else None
-        data = {"world": plan.layout.world, "layout": degrees, "resumed_from_step": resumed, "session": plan.session}
-        self.events.append(EventType.START, data, generation=plan.generation)
+        data = {"world": plan.layout.world, "layout": plan.layout.degrees, "resumed_from_step": resumed}
+        self.events.append(EventType.START, {**data, "session": plan.session}, generation=plan.generation)
 
     # -- callbacks of the channel's thread --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from concertina.layout import Axis
 
 __all__ = ["StepStamp", "open_rank_log"]
 
-_AXES = (Axis.PP, Axis.DP, Axis.EP)
+_ALWAYS = (Axis.PP, Axis.DP, Axis.EP)
 
 
 class StepStamp(logging.Filter):
@@ -26,7 +26,9 @@ class StepStamp(logging.Filter):
 
 def open_rank_log(seat: Assignment) -> StepStamp:
     """Send what the package logs in this process to the rank's file, appending to earlier sessions'."""
-    where = " ".join(f"{axis.value}{seat.plan.layout.coordinate(seat.rank, axis)}" for axis in _AXES)
+    layout = seat.plan.layout
+    named = [axis for axis in Axis if axis in _ALWAYS or (layout.degree(axis) > 1 and axis is not Axis.EDP)]
+    where = " ".join(f"{axis.value}{layout.coordinate(seat.rank, axis)}" for axis in named)
     prefix = f"[gen {seat.generation} | rank {seat.rank} {where} | step %(step)d]"
     stamp = StepStamp(seat.plan.resume_step)
     path = seat.plan.folder / "logs" / f"rank-{seat.rank}.log"

@@ -70,12 +70,11 @@ def _report(file: str, opened: OpenedJob, resolved: bool, output: Output) -> Non
 
 def _facts(opened: OpenedJob) -> dict[str, Any]:
     job, layout = opened.job, opened.layout
-    degrees = {axis: getattr(layout, axis) for axis in ("world", "pp", "dp", "cp", "tp", "edp", "ep", "etp")}
     return {
         "name": job.name,
         "digest": digest(job),
         "parameters": count_parameters(job.model)._asdict(),
-        "layout": degrees,
+        "layout": layout.degrees,
         "tokens_per_step": job.training.global_batch_size * job.data.sequence_length,
         "steps": job.training.steps,
     }

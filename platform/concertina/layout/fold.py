@@ -101,6 +101,11 @@ class Layout:
         block = self.coordinate(rank, Axis.TP) // lanes
         return tuple(r for r in self.group_of(STAGE, rank) if self.coordinate(r, Axis.TP) // lanes == block)
 
+    @property
+    def degrees(self) -> dict[str, int]:
+        """`world`, then the degree of every axis by name."""
+        return {"world": self.world, **{axis.value: self.degree(axis) for axis in Axis}}
+
     def to_json(self) -> dict[str, Any]:
         """`world`, the degrees of both grids, and every group by name, ready for json.dumps."""
         return {

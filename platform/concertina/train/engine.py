@@ -17,7 +17,7 @@ from torch import Tensor
 
 from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
-from concertina.layout import Axis, Layout, cut
+from concertina.layout import Layout, cut
 from concertina.model import Decoder, ModelOutput, Part
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
@@ -192,13 +192,12 @@ class Engine:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must know beside tensors; JSON-able, equal on every rank."""
-        layout = self.layout
         return {
             "step": self.applied,
             "tokens": self.tokens,
             "updates": self.optimizer.updates,
             "anomalies": self.watch.state(),
-            "layout": {"world": layout.world, **{axis.value: layout.degree(axis) for axis in Axis}},
+            "layout": self.layout.degrees,
             "precision": self.job.training.precision,
         }
 
