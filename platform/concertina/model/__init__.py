@@ -1,5 +1,6 @@
 """The decoder: attention, router, experts, losses, and the names of Hugging Face's families."""
 
 from concertina.model.decoder import Decoder, ModelOutput
+from concertina.model.span import Place
 
-__all__ = ["Decoder", "ModelOutput"]
+__all__ = ["Decoder", "ModelOutput", "Place"]
