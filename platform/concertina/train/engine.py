@@ -109,7 +109,7 @@ class Engine:
         return result
 
     def _forward_backward(self, step: int) -> Tensor:
-        """Sums over this rank's sequences of a step: loss, aux, z, tokens, then every layer's tokens of every expert."""
+        """Sums over this rank's sequences of a step: loss, aux, z, tokens, then tokens of each layer's each expert."""
         total: Tensor | None = None
         batch = self.sampler.batch(step - 1)
         micro_batches = self._micro_batches(range(len(batch)))
