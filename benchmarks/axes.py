@@ -83,7 +83,9 @@ def _rank(rank: int, port: int, rounds: int, answers: Any) -> None:
         job = job_of_shape()
         job = job.model_copy(update={"layout": job.layout.model_copy(update=degrees)})
         layout = Layout(RANKS, **{axis: value for axis, value in degrees.items() if axis != "sequence_parallel"})
-        groups = form_groups(layout, rank, store, GroupOptions(number, timeout=TIMEOUT), kv_copies(job.model, layout.tp))
+        groups = form_groups(
+            layout, rank, store, GroupOptions(number, timeout=TIMEOUT), kv_copies(job.model, layout.tp)
+        )
         engines[name] = Engine(job, view, view, torch.device("cpu"))  # type: ignore[arg-type]
         engines[name].configure(layout, rank, groups)
     seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}

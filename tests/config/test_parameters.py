@@ -68,3 +68,10 @@ def test_by_hand() -> None:
     expert = 3 * 8 * 5
     outside = 10 * 8 + 8 + 2 * (attention + 16)
     assert count_parameters(model) == (outside + dense + always + 3 * expert, outside + dense + always + 2 * expert)
+
+
+def test_noise_doubles_the_router_and_a_bias_is_no_weight() -> None:
+    plain = ModelConfig(hidden_size=16, num_hidden_layers=3, mlp_only_layers=(1,), num_experts=4)
+    more = plain.model_copy(update={"router_noise": True, "router_bias_update_rate": 0.1})
+    before, after = count_parameters(plain), count_parameters(more)
+    assert (after.total - before.total, after.active - before.active) == (2 * 4 * 16, 2 * 4 * 16)

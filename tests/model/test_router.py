@@ -7,9 +7,10 @@ import torch
 
 from concertina.config import ModelConfig
 from concertina.layout import Layout, shards
+from concertina.model.init import draw_normal, key_of
 from concertina.model.parameters import Build
 from concertina.model.router import Router, Routing, balance_sum, count_experts, z_sum
-from concertina.model.span import Span
+from concertina.model.span import Place, Span
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.model.errors import error
@@ -17,11 +18,15 @@ from tests.model.errors import error
 pytestmark = pytest.mark.unit
 
 
-def routed(x: torch.Tensor, tokens_B: torch.Tensor, **changes: object) -> tuple[Router, Routing]:
+def make(dtype: torch.dtype = torch.float64, prefix: str = "layers.0.moe", seed: int = 0, **changes: object) -> Router:
     model = ModelConfig(hidden_size=16, num_experts=6, num_experts_per_tok=2, initializer_range=0.5, **changes)  # type: ignore[arg-type]
     groups = Groups.alone()
-    build = Build(model, x.dtype, x.device, 0, shards(model, Layout(1), 0), groups, Lanes(groups["tp"]))
-    router = Router(build, "layers.0.moe")
+    table = shards(model, Layout(1), 0)
+    return Router(Build(model, dtype, torch.device("cpu"), seed, table, groups, Lanes(groups["tp"])), prefix)
+
+
+def routed(x: torch.Tensor, tokens_B: torch.Tensor, **changes: object) -> tuple[Router, Routing]:
+    router = make(x.dtype, **changes)  # type: ignore[arg-type]
     return router, router(x, whole(len(x), tokens_B))
 
 
@@ -107,3 +112,74 @@ def test_logits_of_bfloat16_rows_are_fp32() -> None:
     _, routing = routed(rows(8, torch.bfloat16), torch.tensor([8]))
     assert routing.aux_sum.dtype == torch.float32
     assert routing.weights_RK.dtype == torch.bfloat16
+
+
+def test_sigmoid_scores_are_balanced_as_shares() -> None:
+    x = rows(8)
+    router, routing = routed(x, torch.tensor([8]), scoring_func="sigmoid")
+    logits = x @ router.router.T
+    scores = logits.sigmoid()
+    means = (scores / scores.sum(1, keepdim=True)).mean(0)
+    chosen = scores.argsort(-1, descending=True)[:, :2]
+    fractions = torch.stack([(chosen == e).sum() / 8 for e in range(6)])
+    assert error(routing.aux_sum.detach(), (8 * 6 / 2 * (fractions * means).sum()).detach()) < 1e-7
+    assert error(routing.z_sum.detach(), logits.logsumexp(-1).square().sum().detach()) < 1e-14
+
+
+def test_a_bias_is_state_and_no_parameter() -> None:
+    router = make(torch.bfloat16, router_bias_update_rate=0.5)
+    assert router.bias is not None
+    assert router.bias.dtype == torch.float32
+    assert [name for name, _ in router.named_parameters()] == ["router"]
+    router.balance(torch.tensor([4.0, 0, 2, 2, 2, 2], dtype=torch.float64))
+    assert router.bias.tolist() == [-0.5, 0.5, 0, 0, 0, 0]
+    without = make()
+    assert without.bias is None
+    without.balance(torch.ones(6))
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+def noise_of(router: Router, x: torch.Tensor, place: Place | None, start: int = 0) -> torch.Tensor:
+    """What is added to the logits of rows that begin at `start` of a micro-batch of two sequences of five."""
+    tokens = torch.tensor([5, 5])
+    quiet = router._logits(x, Span(2, 5, start, start + len(x), tokens))
+    return (router._logits(x, Span(2, 5, start, start + len(x), tokens, place)) - quiet).detach()
+
+
+def test_noise_is_as_the_paper_says() -> None:
+    router, x = make(router_noise=True), rows(10)
+    deviation = torch.log1p(torch.exp(x @ router.noise.T)).detach()
+    many = torch.cat([noise_of(router, x, Place(step, 0)) / deviation for step in range(300)])
+    normal = draw_normal(key_of(0, "layers.0.moe.noise", 7), torch.arange(60)).view(10, 6)
+    assert error(many[70:80], normal) < 1e-13
+    assert abs(many.mean().item()) < 0.03
+    assert abs(many.std().item() - 1) < 0.03
+
+
+def test_noise_is_a_function_of_seed_step_layer_and_position() -> None:
+    router, x = make(router_noise=True), rows(10)
+    whole_batch = noise_of(router, x, Place(3, 4))
+    assert error(noise_of(router, x[3:7], Place(3, 4), 3), whole_batch[3:7]) < 1e-13
+    # The second sequence alone, as a micro-batch of its own.
+    assert error(noise_of(router, x[5:], Place(3, 5)), whole_batch[5:]) < 1e-13
+    others = [
+        noise_of(router, x, Place(4, 4)),
+        noise_of(router, x, Place(3, 5)),
+        noise_of(make(router_noise=True, seed=1), x, Place(3, 4)),
+        noise_of(make(router_noise=True, prefix="layers.1.moe"), x, Place(3, 4)),
+    ]
+    assert all((other.sign() != whole_batch.sign()).any() for other in others)
+
+
+def test_noise_is_for_training_and_learned() -> None:
+    router, x = make(router_noise=True), rows(10)
+    plain = make()
+    quiet = router(x, whole(10, torch.tensor([10])))
+    assert torch.equal(quiet.weights_RK, plain(x, whole(10, torch.tensor([10]))).weights_RK)
+    noisy = router(x, Span(1, 10, 0, 10, torch.tensor([10]), Place(1, 0)))
+    assert not torch.equal(noisy.weights_RK, quiet.weights_RK)
+    noisy.weights_RK[:, 0].sum().backward()
+    assert router.noise.grad is not None
+    assert router.noise.grad.abs().max() > 0

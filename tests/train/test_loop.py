@@ -77,12 +77,12 @@ def run(
 
 
 def _poison(engine: Any, step: int) -> None:
-    """Every time the batch of `step` is read, the loss is not a number."""
-    compute, batch = engine._forward_backward, engine.sampler.batch(step - 1)
+    """Every time `step` is computed, the loss is not a number."""
+    compute = engine._forward_backward
 
-    def poisoned(ids: list[int]) -> Any:
-        sums = compute(ids)
-        if ids == batch:
+    def poisoned(current: int) -> Any:
+        sums = compute(current)
+        if current == step:
             sums[0] = float("nan")
         return sums
 

@@ -25,7 +25,8 @@ def count_parameters(model: ModelConfig) -> Parameters:
         always = _attention(model) + 2 * D
         if model.is_moe_layer(layer):
             routed = 3 * D * model.moe_intermediate_size
-            always += D * model.num_experts + 3 * D * model.shared_expert_intermediate_size
+            always += D * model.num_experts * (2 if model.router_noise else 1)
+            always += 3 * D * model.shared_expert_intermediate_size
             always += D if model.shared_expert_gate else 0
             total += always + model.num_experts * routed
             active += always + model.num_experts_per_tok * routed

@@ -94,8 +94,23 @@ class ModelConfig(Section):
     """Experts a token goes to (top-k)."""
     moe_intermediate_size: Positive = 512
     """Width of one routed expert's SwiGLU."""
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become scores: over all experts, or each expert's alone (DeepSeek-V3)."""
     norm_topk_prob: bool = True
-    """The k chosen probabilities are divided by their sum."""
+    """The k chosen scores are divided by their sum."""
+    routed_scaling_factor: Annotated[float, Field(gt=0)] = 1.0
+    """What the routed experts' weights are multiplied by, after norm_topk_prob (DeepSeek)."""
+    n_group: Positive = 1
+    """Groups of neighbouring experts, a divisor of num_experts; a token goes to experts of its topk_group best groups
+    only. A group is as good as its best expert with softmax (DeepSeek-V2), as its two best together with sigmoid
+    (DeepSeek-V3)."""
+    topk_group: Positive = 1
+    """Groups a token may use; as many as n_group: no limit."""
+    router_bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """What an expert's bias moves by after a step, up when it had fewer tokens than the mean, down when more; the bias
+    counts in the choice of experts only (balancing without a loss, DeepSeek-V3: 0.001). 0: there is no bias."""
+    router_noise: bool = False
+    """Noise of a learned size on the router's logits in training (Shazeer 2017)."""
     shared_expert_intermediate_size: NonNegative = 0
     """Width of the expert every token goes to; 0 for none."""
     shared_expert_gate: bool = False
@@ -107,7 +122,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
-        problems = [*_head_misfits(self), *_expert_misfits(self)]
+        problems = [*_head_misfits(self), *_expert_misfits(self), *_group_misfits(self)]
         if problems:
             raise Misfits(problems)
         return self
@@ -120,6 +135,11 @@ class ModelConfig(Section):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
         return layer not in self.mlp_only_layers
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether the choice of experts is biased towards those that had too few tokens."""
+        return self.router_bias_update_rate > 0
 
 
 def _head_misfits(model: ModelConfig) -> list[tuple[str, str]]:
@@ -150,6 +170,19 @@ def _expert_misfits(model: ModelConfig) -> list[tuple[str, str]]:
         text = "there is no shared expert to gate: set model.shared_expert_intermediate_size"
         problems.append(("shared_expert_gate", text))
     return problems
+
+
+def _group_misfits(model: ModelConfig) -> list[tuple[str, str]]:
+    experts, groups, chosen, k = model.num_experts, model.n_group, model.topk_group, model.num_experts_per_tok
+    if experts % groups:
+        return [("n_group", f"n_group={groups} must divide num_experts={experts}")]
+    if chosen > groups:
+        return [("topk_group", f"topk_group={chosen} is more than n_group={groups}: set it to {groups} or less")]
+    size = experts // groups
+    if chosen * size < k <= experts:
+        text = f"topk_group={chosen} leaves a token {chosen * size} of {experts} experts"
+        return [("topk_group", f"{text}, num_experts_per_tok={k} is more: set it to {-(-k // size)} or more")]
+    return []
 
 
 class TokenizerConfig(Section):

@@ -159,6 +159,8 @@ class _Table:
         model = self.model
         experts, hidden, width = model.num_experts, model.hidden_size, model.moe_intermediate_size
         self.everywhere(f"{name}.router", (experts, hidden))
+        if model.router_noise:
+            self.everywhere(f"{name}.noise", (experts, hidden))
         parts = self.layout.ep * self.layout.etp
         cuts = {0: self.experts}
         w13, w2 = (experts, hidden, 2, width), (experts, hidden, width)

@@ -2,5 +2,6 @@
 
 from concertina.model.decoder import Decoder, ModelOutput
 from concertina.model.parameters import Part
+from concertina.model.span import Place
 
-__all__ = ["Decoder", "ModelOutput", "Part"]
+__all__ = ["Decoder", "ModelOutput", "Part", "Place"]

@@ -21,8 +21,8 @@ from concertina.model.loss import IGNORED, Vocabulary, cross_entropy_sum
 from concertina.model.norm import ResidualNorm
 from concertina.model.parameters import Build, Part, made
 from concertina.model.rope import rotation
-from concertina.model.router import Routing
-from concertina.model.span import Span
+from concertina.model.router import Router, Routing
+from concertina.model.span import Place, Span
 from concertina.parallel.dispatch import Dispatcher
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
@@ -117,10 +117,24 @@ class Decoder(nn.Module):
         assert found.keys() == self.shards.keys()
         return ((name, found[name]) for name in self.shards)
 
-    def span(self, tokens_BS: Tensor, tokens_B: Tensor) -> Span:
+    def routers(self) -> Iterator[Router]:
+        """The routers of the layers with experts, in the order of `expert_counts_LE`."""
+        return (module for module in self.modules() if isinstance(module, Router))
+
+    def router_biases(self) -> dict[str, Tensor]:
+        """Global name -> live bias [E] of every router that has one, the same on every rank of the stage."""
+        return {f"{router.prefix}.bias": router.bias for router in self.routers() if router.bias is not None}
+
+    def balance(self, expert_counts_LE: Tensor) -> None:
+        """After an applied step: move the routers' biases by the tokens that its global batch gave each expert."""
+        for router, counts_E in zip(self.routers(), expert_counts_LE, strict=True):
+            router.balance(counts_E)
+
+    def span(self, tokens_BS: Tensor, tokens_B: Tensor, place: Place | None = None) -> Span:
         """Which of the micro-batch's tokens this lane holds between products."""
         num_sequences, length = tokens_BS.shape
-        return Span(num_sequences, length, *self.build.lanes.share(tokens_BS.numel()), tokens_B)
+        start, stop = self.build.lanes.share(tokens_BS.numel())
+        return Span(num_sequences, length, start, stop, tokens_B, place)
 
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
@@ -142,10 +156,13 @@ class Decoder(nn.Module):
         x_TD = self.build.lanes.enter(x_RD, span.num_tokens)
         return F.linear(x_TD, self.head.weight).view(*tokens_BS.shape, -1)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> ModelOutput:
-        """Tokens and targets: int64; a target of -100 is not predicted. All ranks of the stage must call it."""
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor, place: Place | None = None) -> ModelOutput:
+        """Tokens and targets: int64; a target of -100 is not predicted. All ranks of the stage must call it.
+
+        `place` is for training: without it nothing is random.
+        """
         lanes = self.build.lanes
-        span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1))
+        span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1), place)
         x_RD, routings = self.hidden(tokens_BS, span)
         x_TD = lanes.enter(x_RD, span.num_tokens)
         loss, num_tokens = self.head(x_TD, targets_BS.reshape(-1))

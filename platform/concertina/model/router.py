@@ -1,4 +1,5 @@
-"""Which experts does a token go to, and how evenly? Softmax, top-k, and the two losses that keep the router balanced.
+"""How does a token find its experts, and how evenly? Logits, noise, a choice, and what keeps the load balanced: two
+losses, or a bias.
 
 Losses are per packed sequence and layer, so micro-batches do not change them; each is returned as a sum over the
 tokens here, of what each one adds to its sequence's loss times the tokens that sequence counts for. Added up over all
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from concertina.model.choice import choose, moved, score, shares, weigh
+from concertina.model.init import draw_normal, key_of
 from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
 from concertina.model.span import Span
@@ -24,7 +28,7 @@ __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_bal
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision: experts by falling probability, their weights, tokens each expert got, the two losses."""
+    """The router's decision: experts by falling score, their weights, tokens each expert got, the two losses."""
 
     expert_ids_RK: Tensor
     weights_RK: Tensor
@@ -34,36 +38,77 @@ class Routing:
 
 
 class Router(Part):
-    """Logits in at least fp32: rounding must not decide where a token goes."""
+    """Logits in at least fp32: rounding must not decide where a token goes.
+
+    `bias` is state, not a parameter: no gradient moves it, `balance` does.
+    """
 
     router: Tensor
+    noise: Tensor
+    bias: Tensor | None
 
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__(build, prefix)
         self._make("router")
+        if build.model.router_noise:
+            self._make("noise")
+        wide = torch.promote_types(build.dtype, torch.float32)
+        start = torch.zeros(build.model.num_experts, dtype=wide, device=build.device)
+        self.register_buffer("bias", start if build.model.has_router_bias else None)
 
     def forward(self, x_RD: Tensor, span: Span) -> Routing:
         """Route the tokens of `span`. All lanes of tp must call it."""
         model, lanes = self.build.model, self.build.lanes
+        logits_RE = self._logits(x_RD, span)
+        scores_RE = score(logits_RE, model)
+        ids_RK = choose(scores_RE, self.bias, model)
+        counts_BE, counts_E = self._count(ids_RK, span)
+        return Routing(
+            ids_RK,
+            weigh(scores_RE, ids_RK, model).to(x_RD.dtype),
+            counts_E,
+            balance_sum(shares(scores_RE, model), counts_BE, span) / lanes.copies,
+            z_sum(logits_RE, span) / lanes.copies,
+        )
+
+    def _logits(self, x_RD: Tensor, span: Span) -> Tensor:
+        """x w, in training with noise: x w + N(0, 1) * softplus(x w_noise).
+
+        Source: noisy top-k gating (Shazeer et al. 2017, equation 4). The losses see what the choice sees.
+        """
         wide = torch.promote_types(x_RD.dtype, torch.float32)
-        logits_RE = linear(x_RD.to(wide), self.router.to(wide))
-        probs_RE = logits_RE.softmax(-1)
-        weights_RK, ids_RK = probs_RE.topk(model.num_experts_per_tok, dim=-1)
-        if model.norm_topk_prob:
-            weights_RK = weights_RK / weights_RK.sum(-1, keepdim=True)
-        counts_BE = count_experts(ids_RK, span.sequence_R, span.num_sequences, model.num_experts)
+        x_RD = x_RD.to(wide)
+        logits_RE = linear(x_RD, self.router.to(wide))
+        if span.place is None or not self.build.model.router_noise:
+            return logits_RE
+        return logits_RE + self._normal(span).to(wide) * F.softplus(linear(x_RD, self.noise.to(wide)))
+
+    def _normal(self, span: Span) -> Tensor:
+        """A normal number for every token and expert, float64 [R, E]: a function of seed, step, layer, position."""
+        assert span.place is not None
+        key = key_of(self.build.seed, f"{self.prefix}.noise", span.place.step)
+        experts = self.build.model.num_experts
+        first_R = span.position_R * experts
+        return draw_normal(key, first_R.unsqueeze(1) + torch.arange(experts, device=first_R.device))
+
+    def _count(self, ids_RK: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Choices of each sequence wherever its tokens are [B, E], and those that this lane answers for [E]."""
+        lanes = self.build.lanes
+        counts_BE = count_experts(ids_RK, span.sequence_R, span.num_sequences, self.build.model.num_experts)
         counts_E = counts_BE.sum(0)
         if not lanes.replicated:
             counts_BE = all_reduce_sum(counts_BE, lanes.group).finish()
         elif not lanes.speaks:
             counts_E = torch.zeros_like(counts_E)
-        return Routing(
-            ids_RK,
-            weights_RK.to(x_RD.dtype),
-            counts_E,
-            balance_sum(probs_RE, counts_BE, span) / lanes.copies,
-            z_sum(logits_RE, span) / lanes.copies,
-        )
+        return counts_BE, counts_E
+
+    def balance(self, counts_E: Tensor) -> None:
+        """After an applied step whose global batch gave the experts `counts_E` tokens: move the bias, if there is one.
+
+        Every rank of the stage does it, with the same counts.
+        """
+        if self.bias is not None:
+            self.bias.copy_(moved(self.bias, counts_E.to(self.bias.device), self.build.model.router_bias_update_rate))
 
 
 def count_experts(ids_RK: Tensor, sequence_R: Tensor, num_sequences: int, num_experts: int) -> Tensor:
@@ -78,7 +123,9 @@ def balance_sum(probs_RE: Tensor, counts_BE: Tensor, span: Span) -> Tensor:
     tokens here add.
 
     f_e: choices of expert e over tokens of the whole sequence, wherever they are, without gradient; P_e: mean
-    probability. Source: Switch Transformer (Fedus et al. 2021), equations 4 to 6, over one sequence.
+    probability; sigmoid scores are made to sum to 1 first. Source: Switch Transformer (Fedus et al. 2021), equations 4
+    to 6, over one sequence; for sigmoid DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20), but f_e counts where the
+    tokens do go, bias included.
     """
     # f_e * E / K, as E * (share of expert e among all choices of the sequence).
     share_BE = counts_BE.to(probs_RE.dtype) / counts_BE.sum(1, keepdim=True)

@@ -1,4 +1,5 @@
-"""Which tokens of a micro-batch are here? Between products a lane of tp may hold only some of them.
+"""Which tokens of a micro-batch are here, and which of the global batch's are they? Between products a lane of tp may
+hold only some of them.
 
 Shapes: B sequences of S tokens, T = B * S; R tokens of this lane, consecutive ones.
 """
@@ -11,19 +12,31 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Span"]
+__all__ = ["Place", "Span"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a micro-batch is in training: it begins with sequence `first` of the global batch of step `step`.
+
+    Random numbers are keyed by it, and so know neither world nor micro-batches.
+    """
+
+    step: int
+    first: int
 
 
 @dataclass(frozen=True)
 class Span:
     """Tokens [start, stop) of a micro-batch. `tokens_B`: how many tokens each sequence counts for in the router's
-    losses (its predicted targets)."""
+    losses (its predicted targets). `place`: None outside training."""
 
     num_sequences: int
     length: int
     start: int
     stop: int
     tokens_B: Tensor
+    place: Place | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -34,6 +47,13 @@ class Span:
     def sequence_R(self) -> Tensor:
         """Which sequence of the micro-batch each token here is in: int64."""
         return torch.arange(self.start, self.stop, device=self.tokens_B.device) // self.length
+
+    @cached_property
+    def position_R(self) -> Tensor:
+        """Number of each token here among those of the global batch: int64. In training only."""
+        assert self.place is not None
+        first = self.place.first * self.length
+        return torch.arange(first + self.start, first + self.stop, device=self.tokens_B.device)
 
     @cached_property
     def weight_R(self) -> Tensor:

@@ -8,6 +8,7 @@ losses, the acknowledgement of the step before, and the control word.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
-from concertina.layout import Layout, cut
-from concertina.model import Decoder, ModelOutput, Part
+from concertina.errors import CheckpointError
+from concertina.layout import STAGE, Box, Layout, cut
+from concertina.model import Decoder, ModelOutput, Part, Place
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
@@ -92,28 +94,32 @@ class Engine:
 
     def train_step(self, step: int, word: int = 0) -> StepResult:
         """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only."""
-        sums = self._forward_backward(self.sampler.batch(step - 1))
+        sums = self._forward_backward(step)
         shards = self.reducer.finish()
         head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:4]])
         votes = head.new_tensor([float(self.applied == step - 1), float(word if self.rank == 0 else 0)])
         totals = all_reduce_sum(torch.cat([head, votes, sums[4:]]), self.groups.world).finish().tolist()
-        result = self._judge(step, dict(zip(_HEAD, totals, strict=False)), totals[len(_HEAD) :])
+        counts = totals[len(_HEAD) :]
+        result = self._judge(step, dict(zip(_HEAD, totals, strict=False)), counts)
         if result.anomaly is None:
             # Clipping and the division by the global token count are one factor.
             clip = min(1.0, self.job.training.max_grad_norm / (result.grad_norm + 1e-6))
             self.optimizer.apply(shards, clip / result.tokens, result.learning_rate)
+            self.decoder.balance(torch.tensor(counts, dtype=head.dtype).view(-1, self.job.model.num_experts))
         if result.anomaly is None or result.anomaly.action == "skip":
             self.applied = step
             self.tokens += result.tokens
         return result
 
-    def _forward_backward(self, batch: list[int]) -> Tensor:
-        """Sums over this rank's sequences: loss, aux, z, tokens, then tokens of every layer's every expert."""
+    def _forward_backward(self, step: int) -> Tensor:
+        """Sums over this rank's sequences of a step: loss, aux, z, tokens, then tokens of each layer's each expert."""
         total: Tensor | None = None
-        micro_batches = self._micro_batches(batch)
-        for index, ids in enumerate(micro_batches):
+        batch = self.sampler.batch(step - 1)
+        micro_batches = self._micro_batches(range(len(batch)))
+        for index, numbers in enumerate(micro_batches):
             self.reducer.arm(last=index == len(micro_batches) - 1)
-            output = self._compute(self.train, ids)
+            ids = [batch[number] for number in numbers]
+            output = self._compute(self.train, ids, Place(step, numbers[0] if numbers else 0))
             model = self.job.model
             objective = output.loss_sum
             objective = objective + model.router_aux_loss_coef * output.aux_sum
@@ -124,15 +130,15 @@ class Engine:
         assert total is not None
         return total
 
-    def _compute(self, view: SequenceView, ids: list[int]) -> ModelOutput:
+    def _compute(self, view: SequenceView, ids: list[int], place: Place | None = None) -> ModelOutput:
         """Forward of some sequences. A rank without any computes one whose targets are all left out: its losses and
         gradients are exactly zero, and its peers get the exchanges they wait for."""
         tokens, targets = view.read(ids or [0])
         if not ids:
             targets = torch.full_like(targets, IGNORED_TARGET)
-        return self.decoder(tokens.to(self.device), targets.to(self.device))
+        return self.decoder(tokens.to(self.device), targets.to(self.device), place)
 
-    def _micro_batches(self, batch: list[int]) -> list[list[int]]:
+    def _micro_batches(self, batch: Sequence[int]) -> list[list[int]]:
         """This rank's sequences in equally many pieces on every rank: peers of an exchange must come along."""
         parts, index = self.layout.dp, self.groups["dp"].rank
         mine = share(batch, parts, index)
@@ -184,11 +190,19 @@ class Engine:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, BoxedTensor]:
-        """The live boxes this rank owns: master weights and both moments of its optimizer shards."""
-        return {
+        """The live boxes this rank owns: master weights and both moments of its optimizer shards, and, on the first
+        rank of a stage, what all its ranks hold alike."""
+        pieces = {
             key: BoxedTensor(view, box, self.shards[key.split("/", 1)[1]].global_shape)
             for key, (box, view) in self.optimizer.pieces().items()
         }
+        return pieces | (self._held_alike() if self.groups[STAGE].rank == 0 else {})
+
+    def _held_alike(self) -> dict[str, BoxedTensor]:
+        """The routers' biases, whole."""
+        shape = (self.job.model.num_experts,)
+        biases = self.decoder.router_biases().items()
+        return {f"buffer/{name}": BoxedTensor(bias, Box.whole(shape), shape) for name, bias in biases}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must know beside tensors; JSON-able, equal on every rank."""
@@ -206,9 +220,14 @@ class Engine:
 
         Raises CheckpointError when it is another model's; verify the folder first.
         """
-        facts = read_manifest(folder).facts
+        manifest = read_manifest(folder)
+        biases = [key for key in manifest.shapes if key.startswith("buffer/")]
+        if biases and not self.job.model.has_router_bias:
+            text = f"{folder}: has {biases[0]}, the model has no router bias: set model.router_bias_update_rate"
+            raise CheckpointError(text, tensor=biases[0])
         self.settle()
-        load_boxes(folder, self.state())
+        load_boxes(folder, self.state() | self._held_alike())
+        facts = manifest.facts
         self.applied, self.tokens = int(facts["step"]), int(facts["tokens"])
         self.optimizer.updates = int(facts["updates"])
         self.watch.load_state(facts["anomalies"])
