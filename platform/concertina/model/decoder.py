@@ -7,7 +7,7 @@ experts, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from concertina.model.parameters import Build, Part, made
 from concertina.model.rope import rotation
 from concertina.model.router import Routing
 from concertina.model.span import Span
+from concertina.parallel.capacity import Capacity, Quota
 from concertina.parallel.dispatch import Dispatcher
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
@@ -37,7 +38,8 @@ class ModelOutput:
     The objective is loss_sum + aux coefficient * aux_sum + z coefficient * z_sum: its gradient is this rank's part,
     although lanes other than the first count the loss, which all of them know, as zero.
     `aux_sum` and `z_sum` add up the layers, each sequence weighted by its predicted tokens; `num_tokens` (int64) is
-    what all three are divided by once it is summed over the global batch. `expert_counts_LE`: int64.
+    what all three are divided by once it is summed over the global batch. `expert_counts_LE`: int64, how often the
+    router chose each expert; `num_dropped` of these choices (int64) did not fit.
     """
 
     loss_sum: Tensor
@@ -45,6 +47,7 @@ class ModelOutput:
     z_sum: Tensor
     num_tokens: Tensor
     expert_counts_LE: Tensor
+    num_dropped: Tensor
 
 
 class _Table(Part):
@@ -86,6 +89,7 @@ class Decoder(nn.Module):
         lanes = Lanes(groups["tp"], sequence_parallel)
         build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes)
         self.build = build
+        self.capacity = Capacity(model, groups, lanes) if model.capacity.factor is not None else None
         dispatcher = Dispatcher(model.num_experts, groups)
         self.embedding = _Table(build, "embedding")
         self.layers = nn.ModuleList(Block(build, layer, dispatcher) for layer in range(model.num_hidden_layers))
@@ -98,9 +102,9 @@ class Decoder(nn.Module):
         assert found.keys() == self.shards.keys()
         return ((name, found[name]) for name in self.shards)
 
-    def span(self, tokens_BS: Tensor, tokens_B: Tensor) -> Span:
+    def span(self, tokens_BS: Tensor, tokens_B: Tensor, quota: Quota | None = None) -> Span:
         """Which of the micro-batch's tokens this lane holds between products."""
-        return Span(*tokens_BS.shape, *self.build.lanes.share(tokens_BS.numel()), tokens_B)
+        return Span(*tokens_BS.shape, *self.build.lanes.share(tokens_BS.numel()), tokens_B, quota=quota)
 
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
@@ -115,17 +119,25 @@ class Decoder(nn.Module):
         return self.norm(x_RD), routings
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S, V] in the model's dtype; for oracles and small batches, training never makes them all. With tp, a
-        lane has its rows of the vocabulary."""
+        """[B, S, V] in the model's dtype; for oracles and small batches, training never makes them all. Dropless.
+        With tp, a lane has its rows of the vocabulary."""
         span = self.span(tokens_BS, torch.ones_like(tokens_BS[:, 0]))
         x_RD, _ = self.hidden(tokens_BS, span)
         x_TD = self.build.lanes.enter(x_RD, span.num_tokens)
         return F.linear(x_TD, self.head.weight).view(*tokens_BS.shape, -1)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> ModelOutput:
-        """Tokens and targets: int64; a target of -100 is not predicted. All ranks of the stage must call it."""
-        lanes = self.build.lanes
-        span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1))
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor, dropless: bool = False, peers: Sequence[int] | None = None
+    ) -> ModelOutput:
+        """Tokens and targets: int64; a target of -100 is not predicted. All ranks of the stage must call it.
+
+        `dropless`: experts take every token, whatever the model's capacity. `peers`: how many sequences each rank of dp
+        has in this micro-batch, where they differ and experts' rows are padded.
+        """
+        lanes, quota = self.build.lanes, None
+        if self.capacity is not None and not dropless:
+            quota = self.capacity.quota(len(tokens_BS), tokens_BS.shape[1], tokens_BS.device, peers)
+        span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1), quota)
         x_RD, routings = self.hidden(tokens_BS, span)
         x_TD = lanes.enter(x_RD, span.num_tokens)
         loss, num_tokens = cross_entropy_sum(x_TD, self.head.weight, targets_BS.reshape(-1), self.head.vocabulary)
@@ -139,4 +151,12 @@ class Decoder(nn.Module):
             sum((routing.z_sum for routing in routings), nothing),
             num_tokens,
             torch.stack(counts) if counts else num_tokens.new_zeros(0, self.model.num_experts),
+            self._num_dropped(routings, num_tokens),
         )
+
+    def _num_dropped(self, routings: Sequence[Routing], like: Tensor) -> Tensor:
+        """Choices without a row, of the tokens here; lanes with the same tokens count them once."""
+        lanes, kept = self.build.lanes, [routing.kept_RK for routing in routings if routing.kept_RK is not None]
+        if not kept or (lanes.replicated and not lanes.speaks):
+            return torch.zeros_like(like)
+        return (~torch.stack(kept)).sum()

@@ -24,13 +24,15 @@ __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_bal
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision: experts by falling probability, their weights, tokens each expert got, the two losses."""
+    """The router's decision: experts by falling probability, their weights, how often each was chosen, the two losses,
+    and which choices are kept (absent: all). Dropping changes nothing before it: not weights, counts or losses."""
 
     expert_ids_RK: Tensor
     weights_RK: Tensor
     counts_E: Tensor
     aux_sum: Tensor
     z_sum: Tensor
+    kept_RK: Tensor | None = None
 
 
 class Router(Part):
@@ -51,6 +53,7 @@ class Router(Part):
         weights_RK, ids_RK = probs_RE.topk(model.num_experts_per_tok, dim=-1)
         if model.norm_topk_prob:
             weights_RK = weights_RK / weights_RK.sum(-1, keepdim=True)
+        kept_RK = span.quota.keep(ids_RK, weights_RK) if span.quota is not None else None
         counts_BE = count_experts(ids_RK, span.sequence_R, span.num_sequences, model.num_experts)
         counts_E = counts_BE.sum(0)
         if not lanes.replicated:
@@ -63,6 +66,7 @@ class Router(Part):
             counts_E,
             balance_sum(probs_RE, counts_BE, span) / lanes.copies,
             z_sum(logits_RE, span) / lanes.copies,
+            kept_RK,
         )
 
 

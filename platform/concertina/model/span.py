@@ -11,19 +11,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from concertina.parallel.capacity import Quota
+
 __all__ = ["Span"]
 
 
 @dataclass(frozen=True)
 class Span:
     """Tokens [start, stop) of a micro-batch. `tokens_B`: how many tokens each sequence counts for in the router's
-    losses (its predicted targets)."""
+    losses (its predicted targets). `quota`: how many of them an expert takes; absent: all."""
 
     num_sequences: int
     length: int
     start: int
     stop: int
     tokens_B: Tensor
+    quota: Quota | None = None
 
     @property
     def num_tokens(self) -> int:

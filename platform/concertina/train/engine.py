@@ -32,12 +32,13 @@ from concertina.train.optimizer import ShardedAdamW
 __all__ = ["DTYPES", "Engine", "StepResult"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_HEAD = ("sum_of_squares", "loss", "aux_loss", "z_loss", "tokens", "acknowledged", "word")
+_HEAD = ("sum_of_squares", "loss", "aux_loss", "z_loss", "tokens", "dropped", "acknowledged", "word")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One applied step, equal on every rank. Losses are means over the global batch's `tokens`."""
+    """One applied step, equal on every rank. Losses are means over the global batch's `tokens`; `dropped` is the share
+    of the routers' choices that found their expert full."""
 
     step: int
     loss: float
@@ -47,13 +48,14 @@ class StepResult:
     learning_rate: float
     tokens: int
     imbalance: float
+    dropped: float
     word: int
     acknowledged: bool
     anomaly: Anomaly | None
 
     def metrics(self) -> dict[str, float]:
         """What is tracked of a committed step."""
-        names = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "imbalance")
+        names = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "imbalance", "dropped")
         return {name: float(getattr(self, name)) for name in names}
 
 
@@ -91,9 +93,9 @@ class Engine:
         """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only."""
         sums = self._forward_backward(self.sampler.batch(step - 1))
         shards = self.reducer.finish()
-        head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:4]])
+        head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:5]])
         votes = head.new_tensor([float(self.applied == step - 1), float(word if self.rank == 0 else 0)])
-        totals = all_reduce_sum(torch.cat([head, votes, sums[4:]]), self.groups.world).finish().tolist()
+        totals = all_reduce_sum(torch.cat([head, votes, sums[5:]]), self.groups.world).finish().tolist()
         result = self._judge(step, dict(zip(_HEAD, totals, strict=False)), totals[len(_HEAD) :])
         if result.anomaly is None:
             # Clipping and the division by the global token count are one factor.
@@ -105,12 +107,14 @@ class Engine:
         return result
 
     def _forward_backward(self, batch: list[int]) -> Tensor:
-        """Sums over this rank's sequences: loss, aux, z, tokens, then tokens of every layer's every expert."""
+        """Sums over this rank's sequences: loss, aux, z, tokens, choices dropped, then tokens of every layer's every
+        expert."""
         total: Tensor | None = None
-        micro_batches = self._micro_batches(batch)
-        for index, ids in enumerate(micro_batches):
+        micro_batches = self._micro_batches(batch, self.job.model.capacity.whole_sequences)
+        for index, micro_batch in enumerate(micro_batches):
             self.reducer.arm(last=index == len(micro_batches) - 1)
-            output = self._compute(self.train, ids)
+            ids = micro_batch[self.groups["dp"].rank]
+            output = self._compute(self.train, micro_batch)
             model = self.job.model
             objective = output.loss_sum
             objective = objective + model.router_aux_loss_coef * output.aux_sum
@@ -121,21 +125,23 @@ class Engine:
         assert total is not None
         return total
 
-    def _compute(self, view: SequenceView, ids: list[int]) -> ModelOutput:
-        """Forward of some sequences. A rank without any computes one whose targets are all left out: its losses and
-        gradients are exactly zero, and its peers get the exchanges they wait for."""
+    def _compute(self, view: SequenceView, micro_batch: list[list[int]], dropless: bool = False) -> ModelOutput:
+        """Forward of this rank's sequences. A rank without any computes one whose targets are all left out: its losses
+        and gradients are exactly zero, and its peers get the exchanges they wait for."""
+        ids = micro_batch[self.groups["dp"].rank]
         tokens, targets = view.read(ids or [0])
         if not ids:
             targets = torch.full_like(targets, IGNORED_TARGET)
-        return self.decoder(tokens.to(self.device), targets.to(self.device))
+        peers = [len(theirs) or 1 for theirs in micro_batch]
+        return self.decoder(tokens.to(self.device), targets.to(self.device), dropless, peers)
 
-    def _micro_batches(self, batch: list[int]) -> list[list[int]]:
-        """This rank's sequences in equally many pieces on every rank: peers of an exchange must come along."""
-        parts, index = self.layout.dp, self.groups["dp"].rank
-        mine = share(batch, parts, index)
-        largest = cut(len(batch), parts, 0)[1]
+    def _micro_batches(self, batch: list[int], whole: int = 1) -> list[list[list[int]]]:
+        """The sequences of every rank of dp, in equally many pieces on every rank: peers of an exchange must come
+        along. No piece parts `whole` consecutive sequences of the batch."""
+        shares = [share(batch, self.layout.dp, index, whole) for index in range(self.layout.dp)]
+        largest = len(shares[0])
         count = math.ceil(largest / (self.job.training.micro_batch_size or largest))
-        return [share(mine, count, piece) for piece in range(count)]
+        return [[share(ids, count, piece, whole) for ids in shares] for piece in range(count)]
 
     def _judge(self, step: int, totals: dict[str, float], counts: list[float]) -> StepResult:
         tokens = totals["tokens"] or 1.0  # a batch may predict nothing: then all sums are zero
@@ -149,6 +155,7 @@ class Engine:
             learning_rate=learning_rate(self.job.training, step),
             tokens=int(tokens),
             imbalance=_imbalance(counts, self.job.model.num_experts),
+            dropped=totals["dropped"] / (sum(counts) or 1.0),
             word=int(totals["word"]),
             acknowledged=totals["acknowledged"] == self.layout.world,
             anomaly=self.watch.judge(step, loss, norm),
@@ -164,12 +171,15 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the same held-out sequences every time. Collective over the world."""
+        """Mean loss over the same held-out sequences every time. Collective over the world.
+
+        Dropless, whatever the capacity in training: a sequence's loss does not depend on its neighbours.
+        """
         number = min(self.job.training.eval_sequences, len(self.validation))
         chosen = [cut(len(self.validation), number, index)[0] for index in range(number)]
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for ids in self._micro_batches(chosen):
-            output = self._compute(self.validation, ids)
+        for micro_batch in self._micro_batches(chosen):
+            output = self._compute(self.validation, micro_batch, dropless=True)
             total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
         loss, tokens_seen = all_reduce_sum(total, self.groups.world).finish().tolist()
         return loss / tokens_seen
@@ -209,7 +219,7 @@ class Engine:
 
 
 def _as_vector(output: ModelOutput) -> Tensor:
-    scalars = [output.loss_sum, output.aux_sum, output.z_sum, output.num_tokens]
+    scalars = [output.loss_sum, output.aux_sum, output.z_sum, output.num_tokens, output.num_dropped]
     head = torch.stack([value.detach().to(torch.float64) for value in scalars])
     return torch.cat([head, output.expert_counts_LE.to(torch.float64).flatten()])
 
