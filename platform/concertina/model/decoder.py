@@ -104,7 +104,8 @@ class Decoder(nn.Module):
 
     def span(self, tokens_BS: Tensor, tokens_B: Tensor, quota: Quota | None = None) -> Span:
         """Which of the micro-batch's tokens this lane holds between products."""
-        return Span(*tokens_BS.shape, *self.build.lanes.share(tokens_BS.numel()), tokens_B, quota=quota)
+        start, stop = self.build.lanes.share(tokens_BS.numel())
+        return Span(len(tokens_BS), tokens_BS.shape[1], start, stop, tokens_B, quota)
 
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
