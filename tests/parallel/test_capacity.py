@@ -106,6 +106,17 @@ def test_what_is_no_number_is_kept_first_and_no_queue_exceeds_its_capacity(by_we
     assert kept.nonzero()[:, 0].tolist() == [3, 4]
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize("by_weight", [True, False])
+def test_deciding_never_asks_the_host(by_weight: bool) -> None:
+    """On a meta device there is nothing to read: any synchronisation would raise."""
+    case = drawn(4, torch.float32)
+    ids, weights, groups = (tensor.to("meta") for tensor in (case.ids_RK, case.weights_RK, case.group_R))
+    quota = replace(case.quota(by_weight), group_R=groups)
+    assert quota.keep(ids, weights).shape == ids.shape
+    assert _above_threshold(_bits(weights), ids.view(-1), case.num_experts, 3, Group.alone()).shape == (ids.numel(),)
+
+
 def on_lanes(rank: int, store: Any, world: int, ignored: bool) -> tuple[int, int]:
     """How many decisions of all cases differ from the definition on this lane's tokens, and how many there are."""
     lanes = form(Layout(world, tp=world), rank, store)["tp"]

@@ -11,7 +11,7 @@ import torch
 from concertina.config import Job
 from concertina.layout import Layout
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import engine_on, plainest, record_drops, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -38,17 +38,18 @@ TESTED: list[Degrees] = [
 
 
 def gradients_of(rank: int, store: Any, job: Job, degrees: Degrees) -> dict[str, Any]:
-    """Sums, this rank's pieces of the summed gradients of step 1, and then two steps."""
+    """Sums, this rank's pieces of the summed gradients of step 1, and then two steps; what all of it dropped."""
     world, tp, ep, etp = degrees
     engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    drops = record_drops(engine)
     engine._forward_backward(engine.sampler.batch(0))
     found = {}
     for bucket, shard in zip(engine.reducer.buckets, engine.reducer.finish(), strict=True):
         for name, (slot, view) in bucket.own_views(shard).items():
             found[name] = (slot.box, engine.shards[name].global_shape, view.numpy().copy())
     results = [engine.train_step(step) for step in (1, 2)]
-    facts = [(r.loss, r.grad_norm, r.aux_loss, r.z_loss, r.tokens, r.imbalance) for r in results]
-    return {"gradients": found, "facts": facts, "validation": engine.evaluate()}
+    facts = [(r.loss, r.grad_norm, r.aux_loss, r.z_loss, r.tokens, r.imbalance, r.dropped) for r in results]
+    return {"gradients": found, "facts": facts, "validation": engine.evaluate(), "drops": drops}
 
 
 def assemble(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -61,19 +62,20 @@ def assemble(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 @cache
-def one_process(precision: str, changes: tuple[tuple[str, Any], ...] = ()) -> dict[str, Any]:
-    return gradients_of(0, None, tiny_job(training__precision=precision, **dict(changes)), (1, 1, 1, 1))
+def one_process(job: Job) -> dict[str, Any]:
+    return gradients_of(0, None, job, (1, 1, 1, 1))
 
 
 def check(degrees: Degrees, precision: str, bound: float, **changes: Any) -> None:
-    mathematics = tuple((key, value) for key, value in changes.items() if not key.startswith("layout"))
-    reference = one_process(precision, mathematics)
-    ranks = on_ranks(gradients_of, degrees[0], tiny_job(training__precision=precision, **changes), degrees)
+    job = tiny_job(training__precision=precision, **changes)
+    reference = one_process(plainest(job))
+    ranks = on_ranks(gradients_of, degrees[0], job, degrees)
     expected, found = assemble([reference]), assemble(ranks)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         worst = (found[name] - tensor).abs().max() / tensor.abs().max()
         assert worst < bound, f"{name}: {worst:.2e}"
+    assert set().union(*(rank["drops"] for rank in ranks)) == reference["drops"]
     for rank in ranks:
         assert rank["facts"][0] == pytest.approx(reference["facts"][0], rel=bound)
         if precision == "float64":
