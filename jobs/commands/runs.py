@@ -26,7 +26,7 @@ DEFAULT_STORAGE = "runs"
 TRACEBACK_LINES = 20
 SYNC_TIMEOUT = timedelta(minutes=2)
 LIST_COLUMNS = ("run_id", "status", "steps", "train_loss", "val_loss", "tokens", "tokens_per_s", "seconds", "world")
-STEP_COLUMNS = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "step_s", "imbalance")
+STEP_COLUMNS = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "step_s", "imbalance", "dropped")
 
 StorageOption = Annotated[Path, typer.Option("--storage", help="The folder of runs: a job's storage_path.")]
 

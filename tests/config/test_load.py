@@ -103,6 +103,15 @@ layout: 4
         ("name: x\nmodel: {router_bias_update_rate: -1}", "x.yaml:2: model.router_bias_update_rate: -1 is too small"),
         ("name: x\nmodel: {mlp_only_layers: [4]}", "x.yaml:2: model.mlp_only_layers: [4] are beyond the last layer, 3"),
         ("name: x\nmodel: {shared_expert_gate: true}", "x.yaml:2: model.shared_expert_gate: there is no shared"),
+        (
+            "name: x\nmodel:\n  capacity: {pad: true}",
+            "x.yaml:3: model.capacity.pad: there is no capacity to fill up to",
+        ),
+        (
+            "name: x\nmodel:\n  capacity: {factor: 1, scope: sub_sequence, group_sequences: 2}",
+            "x.yaml:3: model.capacity.group_sequences: group_sequences=2 means nothing to scope=sub_sequence",
+        ),
+        ("name: x\nmodel: {capacity: {factor: 0}}", "x.yaml:2: model.capacity.factor: 0 is too small, must be more"),
         ("name: x\ntraining: {min_learning_rate: 1}", "x.yaml:2: training.min_learning_rate: min_learning_rate=1 is"),
         ("name: x\ncluster: {num_nodes: 5}", "x.yaml:2: cluster.num_nodes: num_nodes=5 is more than num_workers=4"),
         ("name: x\ndata: {sequence_length: 4096}", "x.yaml:2: data.sequence_length: sequence_length=4096 is more"),

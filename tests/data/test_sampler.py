@@ -43,6 +43,16 @@ def test_shares_of_any_world_are_the_batch_in_order(size: tuple[int, int, int], 
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@given(groups=st.integers(1, 40), whole=st.integers(1, 5), parts=st.integers(1, 12))
+@settings(max_examples=50, deadline=None)
+def test_shares_part_no_group(groups: int, whole: int, parts: int) -> None:
+    batch = GlobalSampler(500, groups * whole, 3).batch(1)
+    shares = [share(batch, parts, index, whole) for index in range(parts)]
+    assert [i for piece in shares for i in piece] == batch
+    assert {len(piece) % whole for piece in shares} == {0}
+    assert max(map(len, shares)) - min(map(len, shares)) <= whole
+
+
 def test_the_batch_size_cuts_one_order() -> None:
     """Two batch sizes read the same order: a run may change it and lose its place nowhere."""
     small, large = GlobalSampler(100, 4, 7), GlobalSampler(100, 20, 7)

@@ -16,11 +16,13 @@ from concertina.layout import Layout, check_job
 pytestmark = pytest.mark.unit
 
 
-def job(world: int = 8, batch: int = 64, model: dict[str, Any] | None = None, **degrees: int) -> Job:
+def job(
+    world: int = 8, batch: int = 64, model: dict[str, Any] | None = None, micro: int | None = None, **degrees: int
+) -> Job:
     return Job(
         name="test",
         model=ModelConfig(**(model or {})),
-        training=TrainingConfig(global_batch_size=batch),
+        training=TrainingConfig(global_batch_size=batch, micro_batch_size=micro),
         layout=LayoutConfig(**degrees),
         cluster=ClusterConfig(num_workers=world, num_nodes=1),
     )
@@ -64,6 +66,33 @@ def test_uneven_shares_are_allowed() -> None:
 )
 def test_one_line_with_numbers_and_remedy(refused: Job, line: str) -> None:
     assert refusal(refused).data["problems"] == [line]
+
+
+def test_ranks_and_micro_batches_hold_whole_capacity_groups() -> None:
+    model = {"capacity": {"factor": 1.25, "group_sequences": 4}}
+    assert check_job(job(world=3, batch=20, micro=8, model=model)).dp == 3  # two, two and one group
+    assert refusal(job(world=3, batch=22, micro=6, model=model)).data["problems"] == [
+        "global_batch_size=22 is no multiple of model.capacity.group_sequences=4: "
+        "set training.global_batch_size to 20 or 24",
+        "micro_batch_size=6 is no multiple of model.capacity.group_sequences=4: "
+        "set training.micro_batch_size to 4 or 8",
+    ]
+    assert refusal(job(world=8, batch=6, micro=3, model=model)).data["problems"] == [
+        "global_batch_size=6 is no multiple of model.capacity.group_sequences=4: "
+        "set training.global_batch_size to 32 or 36",
+        "micro_batch_size=3 is no multiple of model.capacity.group_sequences=4: "
+        "set training.micro_batch_size to 4 or 8",
+    ]
+    assert refusal(job(world=8, batch=28, model=model)).data["problems"] == [
+        "global_batch_size=28 leaves 1 of dp=8 ranks without a capacity group of 4 sequences: "
+        "set training.global_batch_size to 32 or more"
+    ]
+    assert refusal(job(world=8, batch=28, model=model)).exit_code == 2
+
+
+@pytest.mark.parametrize("capacity", [{"group_sequences": 4}, {"factor": 1.0, "scope": "sub_sequence"}])
+def test_dropless_and_local_capacity_ask_for_no_groups(capacity: dict[str, Any]) -> None:
+    assert check_job(job(world=3, batch=5, micro=1, model={"capacity": capacity})).dp == 3
 
 
 def test_one_line_an_axis_whatever_is_wrong_with_it() -> None:

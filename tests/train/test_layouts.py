@@ -17,7 +17,7 @@ from concertina.layout import Layout, check_job
 from concertina.parallel.groups import Group
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import engine_on, plainest, record_drops, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -62,9 +62,11 @@ def all_degrees(most_ranks: int) -> list[Degrees]:
 
 
 def gradients_of(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str = "") -> dict[str, Any]:
-    """This rank's pieces of the summed gradients of step 1, what two steps say, and a validation."""
+    """This rank's pieces of the summed gradients of step 1, what two steps and a validation say, and what
+    all of it dropped."""
     world, tp, ep, etp = degrees
     engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    drops = record_drops(engine)
     _mutate(engine, mutation)
     engine._forward_backward(1)
     found = {}
@@ -72,8 +74,8 @@ def gradients_of(rank: int, store: Any, job: Job, degrees: Degrees, mutation: st
         for name, (slot, view) in bucket.own_views(shard).items():
             found[name] = (slot.box, engine.shards[name].global_shape, view.numpy().copy())
     results = [engine.train_step(step) for step in (1, 2)]
-    facts = [(r.loss, r.grad_norm, r.aux_loss, r.z_loss, r.tokens, r.imbalance) for r in results]
-    return {"gradients": found, "facts": facts, "validation": engine.evaluate()}
+    facts = [(r.loss, r.grad_norm, r.aux_loss, r.z_loss, r.tokens, r.imbalance, r.dropped) for r in results]
+    return {"gradients": found, "facts": facts, "validation": engine.evaluate(), "drops": drops}
 
 
 def _mutate(engine: Any, mutation: str) -> None:
@@ -108,13 +110,15 @@ def assemble(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def one_process(precision: str, **changes: Any) -> dict[str, Any]:
-    """What a world of one says of the odd job with these changes; computed once."""
-    return _one_process(precision, repr(changes))
+    """What a world of one says of the odd job with those of the changes that are mathematics; computed once."""
+    mathematics = {key: value for key, value in changes.items() if key not in ("layout", "training__micro_batch_size")}
+    return _one_process(precision, repr(mathematics))
 
 
 @cache
 def _one_process(precision: str, changes: str) -> dict[str, Any]:
-    return gradients_of(0, None, odd_job(training__precision=precision, **literal_eval(changes)), (1, 1, 1, 1))
+    job = plainest(odd_job(training__precision=precision, **literal_eval(changes)))
+    return gradients_of(0, None, job, (1, 1, 1, 1))
 
 
 def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -126,14 +130,13 @@ def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def check(degrees: Degrees, precision: str, bound: float, **changes: Any) -> None:
-    """Loss and every gradient of a step, and in float64 two whole steps and a validation, equal one process, which
-    takes the batch as a whole: micro-batches are no mathematics either."""
-    neither = ("layout", "training__micro_batch_size")
-    mathematics = {key: value for key, value in changes.items() if not key.startswith(neither)}
-    reference = one_process(precision, **mathematics)
+    """Loss, every gradient, every drop of a step, and in float64 two whole steps and a validation, equal one process,
+    which takes the batch as a whole."""
+    reference = one_process(precision, **changes)
     ranks = on_ranks(gradients_of, degrees[0], odd_job(training__precision=precision, **changes), degrees)
     error, where = worst_error(assemble(ranks), assemble([reference]))
     assert error < bound, f"{where}: {error:.2e}"
+    assert set().union(*(rank["drops"] for rank in ranks)) == reference["drops"]
     for rank in ranks:
         assert rank["facts"][0] == pytest.approx(reference["facts"][0], rel=bound)
         if precision == "float64":

@@ -132,7 +132,7 @@ def biases_of(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str =
 
     def watched(step: int) -> Any:
         sums = compute(step)
-        counts.append(sums[4:].numpy().reshape(-1, job.model.num_experts).copy())
+        counts.append(sums[5:].numpy().reshape(-1, job.model.num_experts).copy())
         return sums
 
     engine._forward_backward = watched  # type: ignore[method-assign]

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
-from concertina.config import Job
+from concertina.config import Job, LayoutConfig
 from concertina.layout import Layout, kv_copies
 from concertina.train.engine import Engine
 from tests.distributed import form, seat
 
-__all__ = ["TinyView", "engine_on", "seated_engine", "tiny_job"]
+__all__ = ["Drop", "TinyView", "engine_on", "plainest", "record_drops", "seated_engine", "tiny_job"]
+
+Drop = tuple[str, int, int, int, int]
+"""Router, sequence, position, number of the choice, expert."""
 
 
 class TinyView:
@@ -70,6 +73,42 @@ def tiny_job(**changes: Any) -> Job:
         else:
             document[section] = {**document.get(section, {}), **value} if isinstance(value, dict) else value
     return Job.model_validate(document)
+
+
+def plainest(job: Job) -> Job:
+    """The job without what must not change its mathematics: layout, micro-batches, padding."""
+    capacity = job.model.capacity.model_copy(update={"pad": False})
+    sections = {
+        "model": job.model.model_copy(update={"capacity": capacity}),
+        "training": job.training.model_copy(update={"micro_batch_size": None}),
+        "layout": LayoutConfig(),
+    }
+    return job.model_copy(update=sections)
+
+
+def record_drops(engine: Engine) -> set[Drop]:
+    """Everything that is dropped on this rank from now on, by names that no layout knows."""
+    drops: set[Drop] = set()
+    current: list[int] = []
+    compute, length = engine._compute, engine.job.data.sequence_length
+
+    def recorded(view: Any, ids: list[int], place: Any = None) -> Any:
+        current[:] = ids
+        return compute(view, ids, place)
+
+    def note(gate: Any, arguments: tuple[Any, ...], routing: Any) -> None:
+        if routing.kept_RK is None or not current:
+            return
+        for row, choice in (~routing.kept_RK).nonzero().tolist():
+            sequence, position = divmod(arguments[1].start + row, length)
+            expert = int(routing.expert_ids_RK[row, choice])
+            drops.add((gate.prefix, current[sequence], position, choice, expert))
+
+    engine._compute = recorded  # type: ignore[method-assign]
+    for layer in engine.decoder.layers:
+        if layer.moe is not None:
+            layer.moe.gate.register_forward_hook(note)
+    return drops
 
 
 def _unconfigured(job: Job) -> Engine:

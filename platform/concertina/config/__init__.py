@@ -5,6 +5,7 @@ from concertina.config.parameters import Parameters, count_parameters
 from concertina.config.resolved import digest, dump_job
 from concertina.config.schema import (
     AnomalyConfig,
+    CapacityConfig,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
@@ -20,6 +21,7 @@ from concertina.config.tree import Problem
 
 __all__ = [
     "AnomalyConfig",
+    "CapacityConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",

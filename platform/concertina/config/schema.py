@@ -5,13 +5,16 @@ Keys of `model` are Hugging Face's where Hugging Face has one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction as Exact
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "AnomalyConfig",
+    "CapacityConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
@@ -51,6 +54,28 @@ class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, docstrings under fields become descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class CapacityConfig(Section):
+    """How many tokens an expert takes; what is chosen beyond that is dropped, and the weights of the rest stay."""
+
+    factor: Annotated[float, Field(gt=0)] | None = None
+    """Capacity of an expert over its even share of the choices; absent: nothing is dropped."""
+    priority: Literal["probability", "position"] = "probability"
+    """Whom a full expert keeps: the largest weights, or the earliest tokens (cheaper, but blind to what it drops)."""
+    group_sequences: Positive = 1
+    """Consecutive sequences of the global batch over which capacity is counted; no rank or micro-batch parts them."""
+    scope: Literal["group", "sub_sequence"] = "group"
+    """`group`: the same drops under every layout; `sub_sequence`: over the tokens that a rank holds of a micro-batch,
+    without communication, but what is dropped depends on the layout."""
+    pad: bool = False
+    """Every expert's rows are filled up to what its capacity allows: shapes never change, and no rank waits to learn
+    them; costs computation on empty rows."""
+
+    @property
+    def whole_sequences(self) -> int:
+        """How many consecutive sequences ranks and micro-batches must hold together."""
+        return self.group_sequences if self.factor is not None and self.scope == "group" else 1
 
 
 class ModelConfig(Section):
@@ -119,6 +144,7 @@ class ModelConfig(Section):
     """Weight of the load-balancing loss, per packed sequence and layer; 0 switches it off."""
     router_z_loss_coef: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the squared log-sum-exp of the router's logits; 0 switches it off."""
+    capacity: CapacityConfig = CapacityConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -131,6 +157,13 @@ class ModelConfig(Section):
     def width_of_head(self) -> int:
         """Width of one head, given or derived."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def expert_capacity(self, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens an expert takes: ceil(factor * tokens * k / E). There must be a factor."""
+        assert self.capacity.factor is not None
+        # The factor as it is written: in floats, 1.1 times 10 is more than 11.
+        even_share = Exact(num_tokens * self.num_experts_per_tok, self.num_experts)
+        return math.ceil(Exact(repr(self.capacity.factor)) * even_share)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
@@ -169,6 +202,19 @@ def _expert_misfits(model: ModelConfig) -> list[tuple[str, str]]:
     if model.shared_expert_gate and not model.shared_expert_intermediate_size:
         text = "there is no shared expert to gate: set model.shared_expert_intermediate_size"
         problems.append(("shared_expert_gate", text))
+    return [*problems, *_capacity_misfits(model.capacity)]
+
+
+def _capacity_misfits(capacity: CapacityConfig) -> list[tuple[str, str]]:
+    problems = []
+    if capacity.pad and capacity.factor is None:
+        problems.append(("capacity.pad", "there is no capacity to fill up to: set model.capacity.factor"))
+    if capacity.scope == "sub_sequence" and capacity.group_sequences > 1:
+        text = (
+            f"group_sequences={capacity.group_sequences} means nothing to scope=sub_sequence, which counts what a rank "
+            f"holds: set it to 1, or model.capacity.scope to group"
+        )
+        problems.append(("capacity.group_sequences", text))
     return problems
 
 

@@ -55,7 +55,11 @@ class GlobalSampler:
         return permute(positions, self.num_sequences, mix(self.seed, epoch))
 
 
-def share(ids: Sequence[int], parts: int, index: int) -> list[int]:
-    """The contiguous piece of a batch that part `index` of `parts` reads; sizes differ by at most one."""
-    start, stop = cut(len(ids), parts, index)
-    return list(ids[start:stop])
+def share(ids: Sequence[int], parts: int, index: int, whole: int = 1) -> list[int]:
+    """The contiguous piece of a batch that part `index` of `parts` reads; sizes differ by at most `whole`.
+
+    `whole` consecutive sequences, of which the batch has a multiple, stay together.
+    """
+    assert len(ids) % whole == 0, (len(ids), whole)
+    start, stop = cut(len(ids) // whole, parts, index)
+    return list(ids[start * whole : stop * whole])

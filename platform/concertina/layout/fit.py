@@ -72,7 +72,20 @@ def _expert_widths(model: ModelConfig) -> dict[str, int]:
 
 
 def _batch_misfits(job: Job, layout: Layout) -> Iterator[tuple[str, str]]:
-    batch, dp = job.training.global_batch_size, layout.dp
-    if batch < dp:
-        text = f"global_batch_size={batch} leaves {dp - batch} of dp={dp} ranks without a sequence"
-        yield "training.global_batch_size", f"{text}: set training.global_batch_size to {dp} or more"
+    """A rank of dp needs a sequence, and where tokens are dropped a whole capacity group of them."""
+    batch, dp, whole = job.training.global_batch_size, layout.dp, job.model.capacity.whole_sequences
+    micro, most = job.training.micro_batch_size, batch // whole
+    if batch % whole:
+        yield _parted("global_batch_size", batch, whole, dp * whole)
+    elif most < dp:
+        lacking = f"ranks without a {'sequence' if whole == 1 else f'capacity group of {whole} sequences'}"
+        text = f"global_batch_size={batch} leaves {dp - most} of dp={dp} {lacking}"
+        yield "training.global_batch_size", f"{text}: set training.global_batch_size to {dp * whole} or more"
+    if micro is not None and micro % whole:
+        yield _parted("micro_batch_size", micro, whole, whole)
+
+
+def _parted(key: str, sequences: int, whole: int, least: int) -> tuple[str, str]:
+    below = max(sequences - sequences % whole, least)
+    text = f"{key}={sequences} is no multiple of model.capacity.group_sequences={whole}"
+    return f"training.{key}", f"{text}: set training.{key} to {below} or {below + whole}"

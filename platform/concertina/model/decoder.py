@@ -7,7 +7,7 @@ experts, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from concertina.model.parameters import Build, Part, made
 from concertina.model.rope import rotation
 from concertina.model.router import Router, Routing
 from concertina.model.span import Place, Span
+from concertina.parallel.capacity import Capacity
 from concertina.parallel.dispatch import Dispatcher
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
@@ -37,7 +38,8 @@ class ModelOutput:
     The objective is loss_sum + aux coefficient * aux_sum + z coefficient * z_sum: its gradient is this rank's part,
     although lanes other than the first count the loss, which all of them know, as zero.
     `aux_sum` and `z_sum` add up the layers, each sequence weighted by its predicted tokens; `num_tokens` (int64) is
-    what all three are divided by once it is summed over the global batch. `expert_counts_LE`: int64.
+    what all three are divided by once it is summed over the global batch. `expert_counts_LE`: int64, how often the
+    router chose each expert; `num_dropped` of these choices (int64) did not fit.
     """
 
     loss_sum: Tensor
@@ -45,6 +47,7 @@ class ModelOutput:
     z_sum: Tensor
     num_tokens: Tensor
     expert_counts_LE: Tensor
+    num_dropped: Tensor
 
 
 class Embedding(Part):
@@ -105,6 +108,7 @@ class Decoder(nn.Module):
         lanes = Lanes(groups["tp"], sequence_parallel)
         build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes)
         self.build = build
+        self.capacity = Capacity(model, groups, lanes) if model.capacity.factor is not None else None
         dispatcher = Dispatcher(model.num_experts, groups)
         self.embedding = Embedding(build, "embedding")
         self.layers = nn.ModuleList(Block(build, layer, dispatcher) for layer in range(model.num_hidden_layers))
@@ -134,7 +138,10 @@ class Decoder(nn.Module):
         """Which of the micro-batch's tokens this lane holds between products."""
         num_sequences, length = tokens_BS.shape
         start, stop = self.build.lanes.share(tokens_BS.numel())
-        return Span(num_sequences, length, start, stop, tokens_B, place)
+        quota = None
+        if self.capacity is not None and place is not None:
+            quota = self.capacity.quota(num_sequences, length, tokens_BS.device, place.peers)
+        return Span(num_sequences, length, start, stop, tokens_B, place, quota)
 
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
@@ -149,8 +156,8 @@ class Decoder(nn.Module):
         return self.norm(x_RD), routings
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S, V] in the model's dtype; for oracles and small batches, training never makes them all. With tp, a
-        lane has its rows of the vocabulary."""
+        """[B, S, V] in the model's dtype; for oracles and small batches, training never makes them all. Dropless.
+        With tp, a lane has its rows of the vocabulary."""
         span = self.span(tokens_BS, torch.ones_like(tokens_BS[:, 0]))
         x_RD, _ = self.hidden(tokens_BS, span)
         x_TD = self.build.lanes.enter(x_RD, span.num_tokens)
@@ -159,7 +166,7 @@ class Decoder(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor, place: Place | None = None) -> ModelOutput:
         """Tokens and targets: int64; a target of -100 is not predicted. All ranks of the stage must call it.
 
-        `place` is for training: without it nothing is random.
+        `place` is for training: without it nothing is random and no token is dropped.
         """
         lanes = self.build.lanes
         span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1), place)
@@ -176,4 +183,12 @@ class Decoder(nn.Module):
             sum((routing.z_sum for routing in routings), nothing),
             num_tokens,
             torch.stack(counts) if counts else num_tokens.new_zeros(0, self.model.num_experts),
+            self._num_dropped(routings, num_tokens),
         )
+
+    def _num_dropped(self, routings: Sequence[Routing], like: Tensor) -> Tensor:
+        """Choices without a row, of the tokens here; lanes with the same tokens count them once."""
+        lanes, kept = self.build.lanes, [routing.kept_RK for routing in routings if routing.kept_RK is not None]
+        if not kept or (lanes.replicated and not lanes.speaks):
+            return torch.zeros_like(like)
+        return (~torch.stack(kept)).sum()

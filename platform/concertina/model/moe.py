@@ -59,7 +59,8 @@ class MoE(Part):
         lanes = self.build.lanes
         routed_RD = lanes.duplicate(x_RD)
         routing = self.gate(routed_RD, span)
-        dispatching = self.dispatcher.start_dispatch(routed_RD, routing.expert_ids_RK)
+        padded = span.quota.padded if span.quota is not None else None
+        dispatching = self.dispatcher.start_dispatch(routed_RD, routing.expert_ids_RK, routing.kept_RK, padded)
         shared_RD = self.shared(x_RD, span) if self.shared is not None else None
         received = dispatching.finish()
         out_QD = self.experts(received.rows_QD, received.counts_E)

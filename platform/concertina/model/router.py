@@ -28,13 +28,15 @@ __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_bal
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision: experts by falling score, their weights, tokens each expert got, the two losses."""
+    """The router's decision: experts by falling score, their weights, how often each was chosen, the two losses, and
+    which choices are kept (absent: all). Dropping changes nothing before it: not weights, counts or losses."""
 
     expert_ids_RK: Tensor
     weights_RK: Tensor
     counts_E: Tensor
     aux_sum: Tensor
     z_sum: Tensor
+    kept_RK: Tensor | None = None
 
 
 class Router(Part):
@@ -62,13 +64,15 @@ class Router(Part):
         logits_RE = self._logits(x_RD, span)
         scores_RE = score(logits_RE, model)
         ids_RK = choose(scores_RE, self.bias, model)
+        weights_RK = weigh(scores_RE, ids_RK, model)
         counts_BE, counts_E = self._count(ids_RK, span)
         return Routing(
             ids_RK,
-            weigh(scores_RE, ids_RK, model).to(x_RD.dtype),
+            weights_RK.to(x_RD.dtype),
             counts_E,
             balance_sum(shares(scores_RE, model), counts_BE, span) / lanes.copies,
             z_sum(logits_RE, span) / lanes.copies,
+            span.quota.keep(ids_RK, weights_RK) if span.quota is not None else None,
         )
 
     def _logits(self, x_RD: Tensor, span: Span) -> Tensor:

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from concertina.parallel.capacity import Quota
+
 __all__ = ["Place", "Span"]
 
 
@@ -19,17 +21,20 @@ __all__ = ["Place", "Span"]
 class Place:
     """Where a micro-batch is in training: it begins with sequence `first` of the global batch of step `step`.
 
-    Random numbers are keyed by it, and so know neither world nor micro-batches.
+    Random numbers are keyed by it, and so know neither world nor micro-batches. `peers`: how many sequences each rank
+    of dp has in this micro-batch; absent: as many as this one.
     """
 
     step: int
     first: int
+    peers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Span:
     """Tokens [start, stop) of a micro-batch. `tokens_B`: how many tokens each sequence counts for in the router's
-    losses (its predicted targets). `place`: None outside training."""
+    losses (its predicted targets). `place`: None outside training. `quota`: how many of them an expert takes; absent:
+    all."""
 
     num_sequences: int
     length: int
@@ -37,6 +42,7 @@ class Span:
     stop: int
     tokens_B: Tensor
     place: Place | None = None
+    quota: Quota | None = None
 
     @property
     def num_tokens(self) -> int:

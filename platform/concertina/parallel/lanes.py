@@ -50,9 +50,9 @@ class Lanes:
         """Whether this lane counts what all lanes know alike."""
         return self.rank == 0
 
-    def share(self, num_tokens: int) -> tuple[int, int]:
-        """[start, stop) of the tokens that this lane holds between products."""
-        return (0, num_tokens) if self.replicated else cut(num_tokens, self.size, self.rank)
+    def share(self, num_tokens: int, lane: int | None = None) -> tuple[int, int]:
+        """[start, stop) of the tokens that `lane` (absent: this one) holds between products."""
+        return (0, num_tokens) if self.replicated else cut(num_tokens, self.size, self.rank if lane is None else lane)
 
     def _sizes(self, num_tokens: int) -> list[int]:
         return [stop - start for start, stop in (cut(num_tokens, self.size, lane) for lane in range(self.size))]

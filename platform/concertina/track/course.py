@@ -21,6 +21,7 @@ STEP_KEYS = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "imbalance": "train/imbalance",
+    "dropped": "train/dropped",
 }
 EVAL_KEYS = {"loss": "validation/loss"}
 _RECENT_STEPS = 512

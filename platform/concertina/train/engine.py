@@ -8,7 +8,6 @@ losses, the acknowledgement of the step before, and the control word.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,13 @@ from concertina.train.optimizer import ShardedAdamW
 __all__ = ["DTYPES", "Engine", "StepResult"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_HEAD = ("sum_of_squares", "loss", "aux_loss", "z_loss", "tokens", "acknowledged", "word")
+_HEAD = ("sum_of_squares", "loss", "aux_loss", "z_loss", "tokens", "dropped", "acknowledged", "word")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One applied step, equal on every rank. Losses are means over the global batch's `tokens`."""
+    """One applied step, equal on every rank. Losses are means over the global batch's `tokens`; `dropped` is the share
+    of the routers' choices that found their expert full."""
 
     step: int
     loss: float
@@ -49,13 +49,14 @@ class StepResult:
     learning_rate: float
     tokens: int
     imbalance: float
+    dropped: float
     word: int
     acknowledged: bool
     anomaly: Anomaly | None
 
     def metrics(self) -> dict[str, float]:
         """What is tracked of a committed step."""
-        names = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "imbalance")
+        names = ("loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "imbalance", "dropped")
         return {name: float(getattr(self, name)) for name in names}
 
 
@@ -96,9 +97,9 @@ class Engine:
         """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only."""
         sums = self._forward_backward(step)
         shards = self.reducer.finish()
-        head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:4]])
+        head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:5]])
         votes = head.new_tensor([float(self.applied == step - 1), float(word if self.rank == 0 else 0)])
-        totals = all_reduce_sum(torch.cat([head, votes, sums[4:]]), self.groups.world).finish().tolist()
+        totals = all_reduce_sum(torch.cat([head, votes, sums[5:]]), self.groups.world).finish().tolist()
         counts = totals[len(_HEAD) :]
         result = self._judge(step, dict(zip(_HEAD, totals, strict=False)), counts)
         if result.anomaly is None:
@@ -112,14 +113,16 @@ class Engine:
         return result
 
     def _forward_backward(self, step: int) -> Tensor:
-        """Sums over this rank's sequences of a step: loss, aux, z, tokens, then tokens of each layer's each expert."""
+        """Sums over this rank's sequences of a step: loss, aux, z, tokens, choices dropped, then tokens of each layer's
+        each expert."""
         total: Tensor | None = None
-        batch = self.sampler.batch(step - 1)
-        micro_batches = self._micro_batches(range(len(batch)))
+        batch, me = self.sampler.batch(step - 1), self.groups["dp"].rank
+        micro_batches = self._micro_batches(len(batch), self.job.model.capacity.whole_sequences)
         for index, numbers in enumerate(micro_batches):
             self.reducer.arm(last=index == len(micro_batches) - 1)
-            ids = [batch[number] for number in numbers]
-            output = self._compute(self.train, ids, Place(step, numbers[0] if numbers else 0))
+            ids = [batch[number] for number in numbers[me]]
+            first = numbers[me][0] if ids else 0
+            output = self._compute(self.train, ids, Place(step, first, tuple(len(theirs) or 1 for theirs in numbers)))
             model = self.job.model
             objective = output.loss_sum
             objective = objective + model.router_aux_loss_coef * output.aux_sum
@@ -138,13 +141,13 @@ class Engine:
             targets = torch.full_like(targets, IGNORED_TARGET)
         return self.decoder(tokens.to(self.device), targets.to(self.device), place)
 
-    def _micro_batches(self, batch: Sequence[int]) -> list[list[int]]:
-        """This rank's sequences in equally many pieces on every rank: peers of an exchange must come along."""
-        parts, index = self.layout.dp, self.groups["dp"].rank
-        mine = share(batch, parts, index)
-        largest = cut(len(batch), parts, 0)[1]
+    def _micro_batches(self, count: int, whole: int = 1) -> list[list[list[int]]]:
+        """The sequences of every rank of dp, by number among `count`, in equally many pieces on every rank: peers of an
+        exchange must come along. No piece parts `whole` consecutive ones."""
+        shares = [share(range(count), self.layout.dp, index, whole) for index in range(self.layout.dp)]
+        largest = len(shares[0])
         count = math.ceil(largest / (self.job.training.micro_batch_size or largest))
-        return [share(mine, count, piece) for piece in range(count)]
+        return [[share(ids, count, piece, whole) for ids in shares] for piece in range(count)]
 
     def _judge(self, step: int, totals: dict[str, float], counts: list[float]) -> StepResult:
         tokens = totals["tokens"] or 1.0  # a batch may predict nothing: then all sums are zero
@@ -158,6 +161,7 @@ class Engine:
             learning_rate=learning_rate(self.job.training, step),
             tokens=int(tokens),
             imbalance=_imbalance(counts, self.job.model.num_experts),
+            dropped=totals["dropped"] / (sum(counts) or 1.0),
             word=int(totals["word"]),
             acknowledged=totals["acknowledged"] == self.layout.world,
             anomaly=self.watch.judge(step, loss, norm),
@@ -177,12 +181,15 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the same held-out sequences every time. Collective over the world."""
+        """Mean loss over the same held-out sequences every time. Collective over the world.
+
+        Dropless, whatever the capacity in training: a sequence's loss does not depend on its neighbours.
+        """
         number = min(self.job.training.eval_sequences, len(self.validation))
         chosen = [cut(len(self.validation), number, index)[0] for index in range(number)]
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for ids in self._micro_batches(chosen):
-            output = self._compute(self.validation, ids)
+        for numbers in self._micro_batches(number):
+            output = self._compute(self.validation, [chosen[n] for n in numbers[self.groups["dp"].rank]])
             total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
         loss, tokens_seen = all_reduce_sum(total, self.groups.world).finish().tolist()
         return loss / tokens_seen
@@ -235,7 +242,7 @@ class Engine:
 
 
 def _as_vector(output: ModelOutput) -> Tensor:
-    scalars = [output.loss_sum, output.aux_sum, output.z_sum, output.num_tokens]
+    scalars = [output.loss_sum, output.aux_sum, output.z_sum, output.num_tokens, output.num_dropped]
     head = torch.stack([value.detach().to(torch.float64) for value in scalars])
     return torch.cat([head, output.expert_counts_LE.to(torch.float64).flatten()])
 
