@@ -102,10 +102,10 @@ def check_shapes(group: Group) -> None:
     assert not scattered.is_contiguous()
     assert torch.equal(all_to_all_v(scattered, send, receive, group).finish(), exchanged(sources, route, me))
     counts = torch.tensor(route)
-    assert gather_counts(counts[me], group).tolist() == counts.tolist()
+    assert gather_counts(counts[me], group).finish().tolist() == counts.tolist()
     strided = torch.stack([counts[me], counts[me] + 100], dim=1)[:, 1]
-    assert gather_counts(strided, group).tolist() == (counts + 100).tolist()
-    assert gather_counts(counts[:, me : me + 1], group).shape == (group.size, group.size, 1)
+    assert gather_counts(strided, group).finish().tolist() == (counts + 100).tolist()
+    assert gather_counts(counts[:, me : me + 1], group).finish().shape == (group.size, group.size, 1)
 
 
 def there_and_back(rows: Tensor, weights: Tensor, exchange: Any) -> Tensor:
@@ -179,7 +179,7 @@ def test_on_a_group_of_one_all_are_the_identity(dtype: torch.dtype) -> None:
         assert collective(x, x, group).finish() is x
     assert all_to_all_v(x, [2], [2], group).finish() is x
     counts = torch.tensor([4, 2])
-    assert gather_counts(counts, group).tolist() == [[4, 2]]
+    assert gather_counts(counts, group).finish().tolist() == [[4, 2]]
 
 
 @pytest.mark.unit

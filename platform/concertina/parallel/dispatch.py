@@ -105,7 +105,7 @@ class Dispatcher:
         """Who sends how many rows to whom, from everybody's counts; rows for each expert here."""
         etp, ep = self.groups["etp"], self.groups["ep"]
         # Ranks of etp_ep ascend with etp fastest: [J, I, all experts] to [I, J, E].
-        everyone = gather_counts(counts, self.groups["etp_ep"]).view(ep.size, etp.size, -1).transpose(0, 1)
+        everyone = gather_counts(counts, self.groups["etp_ep"]).finish().view(ep.size, etp.size, -1).transpose(0, 1)
         arriving = everyone[:, :, slice(*self.local_experts)]
         leaving = torch.stack([counts[start:stop].sum() for start, stop in self._ranges])
         # The one synchronisation: three lists in one copy.
