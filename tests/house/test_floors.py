@@ -30,7 +30,7 @@ assert not set({heavy!r}) & set(sys.modules)
 """
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "layout", "elastic"])
+@pytest.mark.parametrize("name", ["errors", "config", "layout", "planner", "elastic"])
 def test_the_ground_imports_without_torch_ray_and_mlflow(name: str) -> None:
     code = IMPORT_EVERYTHING_WITHOUT.format(heavy=HEAVY, name=f"concertina.{name}")
     done = subprocess.run(

@@ -1,0 +1,1 @@
+"""What would a layout cost? Pure functions of the model, the layout, the batch."""
