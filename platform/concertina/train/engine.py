@@ -19,6 +19,7 @@ from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
 from concertina.layout import Axis, Layout, cut
 from concertina.model import Decoder, ModelOutput
+from concertina.model.deferred import DeferredGradients
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
@@ -82,7 +83,8 @@ class Engine:
         self.shards = self.decoder.shards
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
-        self.reducer = GradientReducer(buckets)
+        self.deferred = DeferredGradients()
+        self.reducer = GradientReducer(buckets, self.deferred.owes)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training)
 
     # -- a step ---------------------------------------------------------------------------------------------------
