@@ -83,7 +83,7 @@ class Engine:
         self.shards = self.decoder.shards
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
-        self.deferred = DeferredGradients()
+        self.deferred = DeferredGradients()  # empty unless a step is computed inside `deferring`
         self.reducer = GradientReducer(buckets, self.deferred.owes)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training)
 
