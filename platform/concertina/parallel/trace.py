@@ -161,7 +161,7 @@ class Trace:
 def recording(groups: Groups) -> Iterator[list[Record]]:
     """Record this rank's communications over all its groups; the list is filled when the block ends.
 
-    What is started inside should be finished inside. Not collective: any rank may record alone.
+    What is finished after the block has no times of its wait. Not collective: any rank may record alone.
     """
     records: list[Record] = []
     everyone = (groups.world, *groups.by_name.values())
@@ -175,7 +175,7 @@ def recording(groups: Groups) -> Iterator[list[Record]]:
     finally:
         for group in everyone:
             group.tap.trace = None
-        records += trace.records()
+    records += trace.records()  # not after a failure: a device may never come to the ends
 
 
 def bytes_sent(records: Iterable[Record]) -> dict[tuple[str, str], int]:

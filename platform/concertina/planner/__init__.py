@@ -1,1 +1,1 @@
-"""What would a layout cost? Pure functions of the model, the layout, the batch."""
+"""What would a layout cost, before anything starts?"""
