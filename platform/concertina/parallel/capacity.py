@@ -75,7 +75,7 @@ def _places(queue_N: Tensor, num_queues: int, order_N: Tensor | None = None) -> 
 
 def _ahead(counts_X: Tensor, sharers: Group) -> Tensor:
     """How many choices of each queue the ranks before this one have."""
-    return gather_counts(counts_X, sharers)[: sharers.rank].sum(0)
+    return gather_counts(counts_X, sharers).finish()[: sharers.rank].sum(0)
 
 
 def _heaviest(bits_N: Tensor, queue_N: Tensor, num_queues: int, capacity: int, sharers: Group) -> Tensor:

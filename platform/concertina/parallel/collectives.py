@@ -1,12 +1,14 @@
 """How does a rank exchange tensors with its group? Each call starts something and returns what finishes it.
 
-Every rank of the group must make the same calls in the same order. Groups of one communicate nothing.
+Every rank of the group must make the same calls in the same order. Groups of one communicate nothing. Backwards are
+made of the same calls: `carried` ties a gradient to the one that sends it back.
 Shapes: R rows sent, Q rows received, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from concertina.parallel.groups import Group
+from concertina.parallel.trace import Kind
 
 __all__ = [
     "Pending",
@@ -22,9 +25,11 @@ __all__ = [
     "all_reduce_max",
     "all_reduce_sum",
     "all_to_all_v",
+    "carried",
     "gather_counts",
     "reduce_scatter_sum",
     "reduce_scatter_v",
+    "wide_sum",
 ]
 
 
@@ -48,43 +53,65 @@ def _after(work: Any, result: Tensor) -> Pending:
     return Pending(finish)
 
 
+def _issue(group: Group, kind: Kind, sent_bytes: int, start: Callable[[], Any]) -> Any:
+    """Hand a communication that takes `sent_bytes` from this rank over to the backend; the work to wait for."""
+    trace = group.tap.trace
+    return start() if trace is None else trace.follow(group.name, kind, sent_bytes, start)
+
+
 def all_reduce_sum(x: Tensor, group: Group) -> Pending:
     """Sum `x` over the group, in place."""
-    if group.size == 1:
-        return Pending(lambda: x)
-    return _after(group.backend.allreduce([x]), x)
+    return _all_reduce(x, group, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(x: Tensor, group: Group) -> Pending:
     """The largest of every element of `x` over the group, in place. No gradient flows."""
+    return _all_reduce(x, group, dist.ReduceOp.MAX)
+
+
+def _all_reduce(x: Tensor, group: Group, operation: Any) -> Pending:
     if group.size == 1:
         return Pending(lambda: x)
     options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-    return _after(group.backend.allreduce([x], options), x)
+    options.reduceOp = dist.ReduceOp(operation)
+    sent_bytes = -(-2 * (group.size - 1) * x.nbytes // group.size)
+    return _after(_issue(group, "all_reduce", sent_bytes, lambda: group.backend.allreduce([x], options)), x)
+
+
+def wide_sum(x: Tensor, group: Group) -> Pending:
+    """The sum of `x` over the group, added in at least fp32: a new tensor of its dtype. No gradient flows."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    summing = all_reduce_sum(x.to(wide, copy=True, memory_format=torch.contiguous_format), group)
+    return Pending(lambda: summing.finish().to(x.dtype))
 
 
 def reduce_scatter_sum(out: Tensor, x: Tensor, group: Group) -> Pending:
     """Sum `x` [size * n] over the group; this rank's n elements land in `out`. No gradient flows."""
     if group.size == 1:
         return Pending(lambda: out if out.data_ptr() == x.data_ptr() else out.copy_(x))
-    return _after(group.backend._reduce_scatter_base(out, x), out)
+    sent_bytes = x.nbytes - out.nbytes
+    return _after(_issue(group, "reduce_scatter", sent_bytes, lambda: group.backend._reduce_scatter_base(out, x)), out)
 
 
 def all_gather_into(out: Tensor, x: Tensor, group: Group) -> Pending:
     """Concatenate every rank's `x` [n] into `out` [size * n], in group order. No gradient flows."""
     if group.size == 1:
         return Pending(lambda: out if out.data_ptr() == x.data_ptr() else out.copy_(x))
-    return _after(group.backend._allgather_base(out, x), out)
+    return _gather(out, x, group, "all_gather")
 
 
-def gather_counts(counts: Tensor, group: Group) -> Tensor:
-    """What every rank of the group counted: int64 [size, *counts.shape] (blocking)."""
+def _gather(out: Tensor, x: Tensor, group: Group, kind: Kind) -> Pending:
+    sent_bytes = (group.size - 1) * x.nbytes
+    return _after(_issue(group, kind, sent_bytes, lambda: group.backend._allgather_base(out, x)), out)
+
+
+def gather_counts(counts: Tensor, group: Group) -> Pending:
+    """What every rank of the group counted: int64 [size, *counts.shape]."""
     if group.size == 1:
-        return counts.unsqueeze(0)
+        return Pending(lambda: counts.unsqueeze(0))
     out = counts.new_empty(group.size, *counts.shape)
-    group.backend._allgather_base(out.view(-1), counts.contiguous().view(-1)).wait()
-    return out
+    gathering = _gather(out.view(-1), counts.contiguous().view(-1), group, "counts")
+    return Pending(lambda: gathering.finish().view_as(out))
 
 
 def all_to_all_v(rows_RD: Tensor, send: list[int], receive: list[int], group: Group) -> Pending:
@@ -94,13 +121,9 @@ def all_to_all_v(rows_RD: Tensor, send: list[int], receive: list[int], group: Gr
     """
     if group.size == 1:
         return Pending(lambda: rows_RD)
-    rows_QD, work = _start(rows_RD.detach(), send, receive, group)
-
-    def finish() -> Tensor:
-        work.wait()
-        return _Exchanged.apply(rows_RD, rows_QD, (send, receive, group))
-
-    return Pending(finish)
+    exchanging = _start_exchange(rows_RD.detach(), send, receive, group)
+    back = partial(_start_exchange, send=receive, receive=send, group=group)
+    return Pending(lambda: carried(rows_RD, exchanging.finish(), back))
 
 
 def all_gather_v(rows_RD: Tensor, sizes: list[int], group: Group) -> Pending:
@@ -111,7 +134,8 @@ def all_gather_v(rows_RD: Tensor, sizes: list[int], group: Group) -> Pending:
     if group.size == 1:
         return Pending(lambda: rows_RD)
     gathering = _start_gather(rows_RD.detach(), sizes, group)
-    return Pending(lambda: _Gathered.apply(rows_RD, gathering.finish(), (sizes, group)))
+    back = partial(_start_scatter, sizes=sizes, group=group)
+    return Pending(lambda: carried(rows_RD, gathering.finish(), back))
 
 
 def reduce_scatter_v(rows_QD: Tensor, sizes: list[int], group: Group) -> Pending:
@@ -122,26 +146,41 @@ def reduce_scatter_v(rows_QD: Tensor, sizes: list[int], group: Group) -> Pending
     if group.size == 1:
         return Pending(lambda: rows_QD)
     scattering = _start_scatter(rows_QD.detach(), sizes, group)
-    return Pending(lambda: _Scattered.apply(rows_QD, scattering.finish(), (sizes, group)))
+    back = partial(_start_gather, sizes=sizes, group=group)
+    return Pending(lambda: carried(rows_QD, scattering.finish(), back))
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return rows.shape[1:].numel() * rows.element_size()
+
+
+def _start_exchange(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Pending:
+    rows, out = rows.contiguous(), rows.new_empty(sum(receive), *rows.shape[1:])
+    sent_bytes = (sum(send) - send[group.rank]) * _row_bytes(rows)
+    work = _issue(group, "all_to_all", sent_bytes, lambda: group.backend.alltoall_base(out, rows, receive, send))
+    return _after(work, out)
 
 
 def _start_gather(rows: Tensor, sizes: list[int], group: Group) -> Pending:
     rows, out = rows.contiguous(), rows.new_empty(sum(sizes), *rows.shape[1:])
     if len(set(sizes)) == 1:
-        return _after(group.backend._allgather_base(out, rows), out)
+        return _gather(out, rows, group, "all_gather")
     # Backends gather equal pieces only; each rank sends its rows to all others, which are the same bytes.
-    copies = rows.repeat(group.size, *(1 for _ in rows.shape[1:]))
-    return _after(group.backend.alltoall_base(out, copies, sizes, [len(rows)] * group.size), out)
+    copies, sent = rows.repeat(group.size, *(1 for _ in rows.shape[1:])), [len(rows)] * group.size
+    sent_bytes = (group.size - 1) * rows.nbytes
+    work = _issue(group, "all_gather", sent_bytes, lambda: group.backend.alltoall_base(out, copies, sizes, sent))
+    return _after(work, out)
 
 
 def _start_scatter(rows: Tensor, sizes: list[int], group: Group) -> Pending:
     rows, mine = rows.contiguous(), sizes[group.rank]
     wide = torch.promote_types(rows.dtype, torch.float32)
     if len(set(sizes)) == 1 and rows.dtype == wide:
-        out = rows.new_empty(mine, *rows.shape[1:])
-        return _after(group.backend._reduce_scatter_base(out, rows), out)
-    parts = rows.new_empty(group.size, mine, *rows.shape[1:])
-    work = group.backend.alltoall_base(parts.flatten(0, 1), rows, [mine] * group.size, sizes)
+        return reduce_scatter_sum(rows.new_empty(mine, *rows.shape[1:]), rows, group)
+    parts, received = rows.new_empty(group.size, mine, *rows.shape[1:]), [mine] * group.size
+    sent_bytes = (len(rows) - mine) * _row_bytes(rows)
+    start = partial(group.backend.alltoall_base, parts.flatten(0, 1), rows, received, sizes)
+    work = _issue(group, "reduce_scatter", sent_bytes, start)
 
     def finish() -> Tensor:
         work.wait()
@@ -150,42 +189,18 @@ def _start_scatter(rows: Tensor, sizes: list[int], group: Group) -> Pending:
     return Pending(finish)
 
 
-class _Gathered(torch.autograd.Function):
+class _Carried(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, rows_QD: Tensor, route: tuple[list[int], Group]) -> Tensor:
-        ctx.route = route
-        return rows_QD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _start_scatter(grads[0], *ctx.route).finish(), None, None
-
-
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_QD: Tensor, rows_RD: Tensor, route: tuple[list[int], Group]) -> Tensor:
-        ctx.route = route
-        return rows_RD
+    def forward(ctx: Any, sent: Tensor, result: Tensor, start_back: Callable[[Tensor], Pending]) -> Tensor:
+        ctx.start_back = start_back
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _start_gather(grads[0], *ctx.route).finish(), None, None
+        pending = ctx.start_back(grads[0])
+        return pending.finish(), None, None  # a schedule's work comes between these two lines
 
 
-def _start(rows: Tensor, send: list[int], receive: list[int], group: Group) -> tuple[Tensor, Any]:
-    out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    return out, group.backend.alltoall_base(out, rows.contiguous(), receive, send)
-
-
-class _Exchanged(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, rows_QD: Tensor, route: tuple[list[int], list[int], Group]) -> Tensor:
-        ctx.route = route
-        return rows_QD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        send, receive, group = ctx.route
-        back, work = _start(grads[0], receive, send, group)
-        work.wait()
-        return back, None, None
+def carried(sent: Tensor, result: Tensor, start_back: Callable[[Tensor], Pending]) -> Tensor:
+    """`result`, which came of `sent` outside autograd: its gradient becomes that of `sent` by `start_back`."""
+    return _Carried.apply(sent, result, start_back)

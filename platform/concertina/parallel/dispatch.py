@@ -131,7 +131,7 @@ class Dispatcher:
         if self.groups["etp_ep"].size == 1:
             return _Route([], [], [], None, None), counts
         # Ranks of etp_ep ascend with etp fastest: [J, I, all experts] to [I, J, E].
-        everyone = gather_counts(counts, self.groups["etp_ep"]).view(ep.size, etp.size, -1).transpose(0, 1)
+        everyone = gather_counts(counts, self.groups["etp_ep"]).finish().view(ep.size, etp.size, -1).transpose(0, 1)
         arriving = everyone[:, :, slice(*self.local_experts)]
         leaving = torch.stack([counts[start:stop].sum() for start, stop in self._ranges])
         # The one synchronisation: three lists in one copy.

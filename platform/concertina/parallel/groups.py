@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from concertina.layout import GROUPS, STAGE, Layout
+from concertina.parallel.trace import Tap
 
 __all__ = ["GROUP_NAMES", "KV", "Group", "GroupOptions", "Groups", "connect_store", "form_groups", "make_store"]
 
@@ -35,12 +36,16 @@ class GroupOptions:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate. `rank` is this rank's position among `ranks`; `backend` is None for a group of one."""
+    """Ranks that communicate. `rank` is this rank's position among `ranks`; `backend` is None for a group of one.
+
+    Who listens at `tap` learns of every communication (`parallel/trace.py`).
+    """
 
     name: str
     ranks: tuple[int, ...]
     rank: int
     backend: Any = field(default=None, repr=False, compare=False)
+    tap: Tap = field(default_factory=Tap, repr=False, compare=False)
 
     @property
     def size(self) -> int:

@@ -3,18 +3,20 @@
 With sequence parallelism (Korthikanti et al. 2022) a lane keeps its share of the tokens between products: it gathers
 all of them on the way in and sums and scatters on the way out. Without, every lane has every token: nothing is sent on
 the way in, outputs are summed on the way out; what lanes then compute alike must count once in gradients.
-All lanes must make the same calls in the same order. Shapes: T tokens of all lanes, R of them here, D width.
+Sums are taken in at least fp32. All lanes must make the same calls in the same order.
+Shapes: T tokens of all lanes, R of them here, D width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from concertina.layout.box import cut
-from concertina.parallel.collectives import Pending, all_gather_v, all_reduce_sum, reduce_scatter_v
+from concertina.parallel.collectives import Pending, all_gather_v, carried, reduce_scatter_v, wide_sum
 from concertina.parallel.groups import Group
 
 __all__ = ["Lanes"]
@@ -60,13 +62,15 @@ class Lanes:
     def start_enter(self, x_RD: Tensor, num_tokens: int) -> Pending:
         """All `num_tokens` tokens, for a column-parallel product; their gradients are summed over the lanes."""
         if self.replicated:
-            return Pending(lambda: _SumGradient.apply(x_RD, self.group))
+            return Pending(lambda: self.duplicate(x_RD))
         return all_gather_v(x_RD, self._sizes(num_tokens), self.group)
 
     def start_leave(self, part_TD: Tensor) -> Pending:
         """The sum of the lanes' row-parallel products, of the tokens that this lane holds."""
         if self.replicated:
-            return Pending(lambda: _Sum.apply(part_TD, self.group))
+            summing = wide_sum(part_TD.detach(), self.group)
+            # Every lane computes the same with the sum, so every lane has the whole gradient already.
+            return Pending(lambda: carried(part_TD, summing.finish(), lambda grad: Pending(lambda: grad)))
         return reduce_scatter_v(part_TD, self._sizes(len(part_TD)), self.group)
 
     def enter(self, x_RD: Tensor, num_tokens: int) -> Tensor:
@@ -79,32 +83,11 @@ class Lanes:
 
     def duplicate(self, x_RD: Tensor) -> Tensor:
         """Into what lanes with the same tokens compute each for itself, and `count_once` brings out again."""
-        return _SumGradient.apply(x_RD, self.group) if self.replicated else x_RD
+        return carried(x_RD, x_RD.detach(), partial(wide_sum, group=self.group)) if self.replicated else x_RD
 
     def count_once(self, x: Tensor) -> Tensor:
         """Something all lanes compute alike: each answers for its share of the gradient."""
         return _DivideGradient.apply(x, self.size) if self.replicated else x
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grads[0].clone(), ctx.group).finish(), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce_sum(x.clone(), group).finish()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class _DivideGradient(torch.autograd.Function):

@@ -1,12 +1,13 @@
 """When are gradients summed? Bucket by bucket under the backward pass that completes them.
 
 Buckets start in one fixed order on every rank, whatever order gradients arrive in; a parameter that got no gradient
-(an expert without tokens) counts as zero.
+(an expert without tokens) counts as zero. A parameter of which a part is still owed (its gradient is deferred, or only
+one of two uses has come) holds its bucket back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -35,10 +36,14 @@ def make_buckets(
 
 
 class GradientReducer:
-    """Takes gradients off the parameters as autograd makes them; sums a bucket as soon as its last one is there."""
+    """Takes gradients off the parameters as autograd makes them; sums a bucket as soon as its last one is there.
 
-    def __init__(self, buckets: list[Bucket]) -> None:
+    `owed` says of a parameter whether a part of its gradient is still to come.
+    """
+
+    def __init__(self, buckets: list[Bucket], owed: Callable[[Tensor], bool] = lambda _: False) -> None:
         self.buckets = buckets
+        self._owed = owed
         self._missing: list[set[str]] = []
         self._started = 0
         self._last = False
@@ -53,10 +58,14 @@ class GradientReducer:
         self._started = 0
 
     def _take(self, index: int, name: str, parameter: Tensor) -> None:
+        owed = self._owed(parameter)
+        if owed and parameter.grad is None:
+            return  # autograd calls also where all that came is deferred
         assert parameter.grad is not None
         self.buckets[index].accumulate(name, parameter.grad)
         parameter.grad = None
-        self._missing[index].discard(name)
+        if not owed:
+            self._missing[index].discard(name)
         while self._last and self._started < len(self.buckets) and not self._missing[self._started]:
             self._start_next()
 
@@ -66,7 +75,9 @@ class GradientReducer:
         self._started += 1
 
     def finish(self) -> list[Tensor]:
-        """This rank's shard of every bucket's summed gradients. All ranks must call it once a step."""
+        """This rank's shard of every bucket's summed gradients. All ranks must call it once a step; nothing is owed."""
+        owed = [name for bucket in self.buckets for name, p in bucket.parameters.items() if self._owed(p)]
+        assert not owed, f"gradients still to come: {owed}"
         while self._started < len(self.buckets):
             self._start_next()
         return [bucket.finish_reduce() for bucket in self.buckets]

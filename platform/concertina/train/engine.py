@@ -20,6 +20,7 @@ from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
 from concertina.errors import CheckpointError
 from concertina.layout import STAGE, Box, Layout, cut
 from concertina.model import Decoder, ModelOutput, Part, Place
+from concertina.model.deferred import DeferredGradients
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
@@ -85,7 +86,8 @@ class Engine:
         self.shards = self.decoder.shards
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
-        self.reducer = GradientReducer(buckets)
+        self.deferred = DeferredGradients()  # empty unless a step is computed inside `deferring`
+        self.reducer = GradientReducer(buckets, self.deferred.owes)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training)
         for part in self.decoder.modules():
             if isinstance(part, Part) and part.made:

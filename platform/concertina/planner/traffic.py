@@ -1,0 +1,205 @@
+"""How many bytes does a rank send in a step? By group and kind, from the model, the layout, the batch, the routing.
+
+The numbers that a recording counts (`parallel/trace.py` says what counts as sent), to the byte where the routing is
+that of the step; a planner puts in `even_counts`, which need not be whole. For dropless models: what lanes exchange to
+drop alike is not counted yet.
+
+    group          kind             what
+    tp             all_gather       tokens into column-parallel products
+                   reduce_scatter   sums out of row-parallel ones; in the backward the two change places
+                   all_reduce       the loss, norms over all heads, counts of the router; without sequence parallelism
+                                    it takes the place of both others
+    etp_ep         counts           rows for every expert, once a layer with experts
+    ep             all_to_all       rows to their experts and back, forward and backward
+    etp            all_gather       rows to the other slices of their experts
+                   reduce_scatter   the slices' outputs back; in the backward the two change places
+    edp, dp_cp ..  reduce_scatter   gradients to the owners of pieces, in at least fp32 (ZeRO-1)
+                   all_gather       updated weights
+    world          all_reduce       what the ranks of a step must agree on
+
+Sources: Korthikanti et al. 2022 (sequence parallelism), arXiv 2504.14960 (dispatcher), Rajbhandari et al. 2020 (ZeRO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from concertina.config import ModelConfig, Precision
+from concertina.layout import Axis, Layout, cut, kv_copies, plan_buckets, plan_slots, segment_length, shards
+
+__all__ = [
+    "Counts",
+    "Sender",
+    "Traffic",
+    "agreement",
+    "crossing",
+    "dispatch",
+    "even_counts",
+    "micro_batch",
+    "step",
+    "zero",
+]
+
+Traffic = dict[tuple[str, str], float]
+"""(group, kind) to bytes."""
+
+Counts = Sequence[Sequence[float]]
+"""Rows for every expert, by position in the group etp_ep (etp fastest)."""
+
+_ELEMENT_BYTES: dict[Precision, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
+_COUNT_BYTES = _AGREED_BYTES = 8
+_AGREED = 8
+"""Norm, three losses, tokens, choices dropped, acknowledgement, control word: what `train/engine.py` sums beside tokens
+of experts."""
+
+
+@dataclass(frozen=True)
+class Sender:
+    """The rank whose bytes are counted, and what it computes with."""
+
+    model: ModelConfig
+    layout: Layout
+    rank: int
+    precision: Precision = "float32"
+    sequence_parallel: bool = True
+
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and activations."""
+        return _ELEMENT_BYTES[self.precision]
+
+    @property
+    def wide_bytes(self) -> int:
+        """Of what is summed: at least fp32."""
+        return max(4, self.element_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token's activations."""
+        return self.model.hidden_size * self.element_bytes
+
+    @property
+    def moe_layers(self) -> int:
+        return sum(self.model.is_moe_layer(layer) for layer in range(self.model.num_hidden_layers))
+
+    @property
+    def crossings(self) -> int:
+        """Ways into products over tp and out again, forward: attention's, a dense or shared expert's of every layer;
+        embedding and head make one together."""
+        layers = self.model.num_hidden_layers
+        alone = self.moe_layers if not self.model.shared_expert_intermediate_size else 0
+        return 2 * layers - alone + 1
+
+
+def step(sender: Sender, length: int, micro_batches: Sequence[int], routing: Sequence[Sequence[Counts]]) -> Traffic:
+    """Everything of one training step, for micro-batches of so many sequences of `length` tokens.
+
+    `routing`: by micro-batch, by layer with experts.
+    """
+    computed = (micro_batch(sender, length, *each) for each in zip(micro_batches, routing, strict=True))
+    return _sum([*computed, zero(sender), agreement(sender)])
+
+
+def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[Counts]) -> Traffic:
+    """Forward and backward; a rank without a sequence computes one all the same, so that its peers need not wait."""
+    model, tp = sender.model, sender.layout.tp
+    tokens = max(1, sequences) * length
+    per_token = sender.wide_bytes * tokens
+    parts = [
+        _times(crossing(sender, tokens), 2 * sender.crossings),
+        _all_reduce("tp", tp, per_token),  # of the loss, the largest logit
+        _all_reduce("tp", tp, 2 * per_token),  # and the sum of exponentials, the target's logit
+    ]
+    if model.qk_norm == "full":  # queries and keys, forward and backward
+        parts.append(_times(_all_reduce("tp", tp, per_token), 4 * model.num_hidden_layers))
+    if sender.sequence_parallel:
+        counts = max(1, sequences) * model.num_experts * _COUNT_BYTES
+        parts.append(_times(_all_reduce("tp", tp, counts), sender.moe_layers))
+    else:  # gradients of the tokens that every lane routes for itself
+        parts.append(_times(_all_reduce("tp", tp, per_token * model.hidden_size), sender.moe_layers))
+    for layer in routing:
+        moved = dispatch(sender, layer)
+        parts += [moved, {key: count for key, count in moved.items() if key[1] != "counts"}]
+    return _sum(parts)
+
+
+def crossing(sender: Sender, tokens: int) -> Traffic:
+    """Into a column-parallel product and out of a row-parallel one, forward; the backward is as much."""
+    tp = sender.layout.tp
+    if tp == 1:
+        return {}
+    if not sender.sequence_parallel:
+        return _all_reduce("tp", tp, tokens * sender.model.hidden_size * sender.wide_bytes)
+    start, stop = cut(tokens, tp, sender.layout.coordinate(sender.rank, Axis.TP))
+    own = stop - start
+    return {
+        ("tp", "all_gather"): (tp - 1) * own * sender.row_bytes,
+        ("tp", "reduce_scatter"): (tokens - own) * sender.row_bytes,
+    }
+
+
+def dispatch(sender: Sender, counts: Counts) -> Traffic:
+    """One layer's rows to the experts and back, forward; the backward is as much, without the counts.
+
+    Even routing of T tokens to K experts, D wide: 2 T K D (g-1)/g elements over ep; over etp, whose lanes gather rows
+    that are there for every choice, g times that.
+    """
+    layout, model = sender.layout, sender.model
+    lane, place = layout.coordinate(sender.rank, Axis.ETP), layout.coordinate(sender.rank, Axis.EP)
+    here = slice(*cut(model.num_experts, layout.ep, place))
+    own = counts[place * layout.etp + lane]
+    arriving = [sum(counts[source * layout.etp + lane][here]) for source in range(layout.ep)]
+    of_all_lanes = sum(sum(rows[here]) for rows in counts)
+    leaving, arrived = sum(own) - sum(own[here]), sum(arriving)
+    return {
+        ("etp_ep", "counts"): (layout.etp * layout.ep - 1) * model.num_experts * _COUNT_BYTES,
+        ("ep", "all_to_all"): (leaving + arrived - arriving[place]) * sender.row_bytes,
+        ("etp", "all_gather"): (layout.etp - 1) * arrived * sender.row_bytes,
+        ("etp", "reduce_scatter"): (of_all_lanes - arrived) * sender.row_bytes,
+    }
+
+
+def even_counts(sender: Sender, tokens: int) -> Counts:
+    """What to expect where every rank routes `tokens` tokens and every expert is as likely."""
+    model, layout = sender.model, sender.layout
+    rows = tokens * model.num_experts_per_tok / model.num_experts
+    return [[rows] * model.num_experts] * (layout.etp * layout.ep)
+
+
+def zero(sender: Sender) -> Traffic:
+    """Once a step: every bucket's gradients to the owners of their pieces, and the updated weights back."""
+    layout, rank = sender.layout, sender.rank
+    parts: list[Traffic] = []
+    for members in plan_buckets(shards(sender.model, layout, rank).values()):
+        group = members[0].group
+        copies = kv_copies(sender.model, layout.tp)
+        ranks = layout.neighbours_of(rank, copies) if group == "dp_cp_kv" else layout.group_of(group, rank)
+        others = len(ranks) - 1
+        length = segment_length(plan_slots({shard.name: shard.box for shard in members}, len(ranks)))
+        gradients, weights = others * length * sender.wide_bytes, others * length * sender.element_bytes
+        parts.append({(group, "reduce_scatter"): gradients, (group, "all_gather"): weights})
+    return _sum(parts)
+
+
+def agreement(sender: Sender) -> Traffic:
+    """Once a step: one vector of float64 over the world."""
+    elements = _AGREED + sender.moe_layers * sender.model.num_experts
+    return _all_reduce("world", sender.layout.world, elements * _AGREED_BYTES)
+
+
+def _all_reduce(group: str, size: int, whole_bytes: int) -> Traffic:
+    return {(group, "all_reduce"): -(-2 * (size - 1) * whole_bytes // size)}
+
+
+def _times(traffic: Traffic, number: int) -> Traffic:
+    return {key: number * sent for key, sent in traffic.items()}
+
+
+def _sum(parts: Iterable[Traffic]) -> Traffic:
+    total: Traffic = {}
+    for part in parts:
+        for key, sent in part.items():
+            if sent:
+                total[key] = total.get(key, 0) + sent
+    return total
