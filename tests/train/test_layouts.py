@@ -184,16 +184,24 @@ def test_a_mutation_is_seen(degrees: Degrees, mutation: str) -> None:
     assert error > 1e-6 or ranks[0]["facts"][0] != pytest.approx(reference["facts"][0], rel=1e-6)
 
 
+def test_seven_ranks_train_eight_experts_on_32_sequences() -> None:
+    """No degree but 1 divides both: shares of sequences and experts are uneven."""
+    check((7, 1, 7, 1), "float64", 1e-10, training__global_batch_size=32)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", range(2, 9))
 def test_every_layout_of_a_world(world: int) -> None:
-    """All that fit (79 up to a world of 8), in both precisions, and where there are lanes also those that hold the same
-    tokens."""
+    """All that fit (79 up to a world of 8), in both precisions, with dropping, and where there are lanes also those that
+    hold the same tokens."""
     chosen = [degrees for degrees in all_degrees(8) if degrees[0] == world]
     assert chosen or world in (5, 7)
     for degrees in [(world, 1, 1, 1), *chosen]:
         check(degrees, "float64", 1e-10)
         check(degrees, "float32", 1e-5)
+        for priority in ("position", "probability"):
+            rule = {"factor": 0.8, "group_sequences": 1, "priority": priority}
+            check(degrees, "float64", 1e-10, model__capacity=rule)
         if degrees[1] > 1:
             check(degrees, "float64", 1e-10, layout={"sequence_parallel": False})
