@@ -21,6 +21,7 @@ from concertina.config import Job, load_job
 from concertina.data import TokenCorpus, prepare
 from concertina.elastic.messages import Committed, Evaluated, Message
 from concertina.layout import Layout, check_job, kv_copies
+from concertina.model.host_memory import keep_freed_memory
 from concertina.parallel.groups import GroupOptions, Groups, form_groups
 from concertina.train.engine import Engine
 from concertina.train.loop import Loop
@@ -53,7 +54,10 @@ class PrintingLink:
 
 
 def build_engine(job: Job, corpus_folder: Path, device: torch.device) -> Engine:
-    """An engine on a prepared corpus, not yet configured for a layout."""
+    """An engine on a prepared corpus, not yet configured for a layout. On a CPU this process is from now on one that
+    keeps what memory a step took."""
+    if device.type == "cpu":
+        keep_freed_memory()
     corpus = TokenCorpus.open(corpus_folder)
     splits = corpus.sequences(job.data.sequence_length, job.data.validation_fraction)
     return Engine(job, splits.train, splits.validation, device)

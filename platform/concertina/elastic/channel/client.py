@@ -38,7 +38,7 @@ __all__ = ["ChannelClient"]
 
 log = logging.getLogger("concertina.channel")
 
-_BEAT_S = 0.2
+_BEAT_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _MESSAGES_AT_ONCE = 64
 
