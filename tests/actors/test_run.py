@@ -53,7 +53,8 @@ def test_the_last_line_is_a_summary(reference: Drive) -> None:
     found = json.loads(line)
     assert set(found) == KEYS
     assert (found["run_id"], found["status"], found["steps"]) == (reference.run.run_id, "finished", STEPS)
-    assert (found["world"], found["layout"]) == (2, {"world": 2, "dp": 2, "ep": 2, "edp": 1})
+    degrees = {"pp": 1, "dp": 2, "cp": 1, "tp": 1, "edp": 1, "ep": 2, "etp": 1}
+    assert (found["world"], found["layout"]) == (2, {"world": 2, **degrees})
     assert 0 < found["train_loss"] < 5
     assert 0 < found["val_loss"] < 5.2
     assert found["tokens_per_s"] > 0

@@ -56,7 +56,8 @@ def train(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (["--set", "training.steps=many"], "training.steps"),
         (["--set", "data.source=/nowhere/at/all"], "/nowhere/at/all"),
         (["--set", "layout.ep=3"], "layout.ep"),
-        (["--set", "layout.tp=2", "--set", "layout.ep=1"], "does not train tp=2"),
+        (["--set", "layout.cp=2", "--set", "layout.ep=1"], "does not train cp=2"),
+        (["--set", "layout.tp=3"], "layout.tp"),
         (["--set", "cluster.num_workers=0"], "cluster.num_workers"),
         (
             [

@@ -193,8 +193,8 @@ def test_seven_ranks_train_eight_experts_on_32_sequences() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", range(2, 9))
 def test_every_layout_of_a_world(world: int) -> None:
-    """All that fit (79 up to a world of 8), in both precisions, with dropping, and where there are lanes also those that
-    hold the same tokens."""
+    """All that fit (79 up to a world of 8), in both precisions, with dropping, and where there are lanes of tp also
+    with the same tokens on each."""
     chosen = [degrees for degrees in all_degrees(8) if degrees[0] == world]
     assert chosen or world in (5, 7)
     for degrees in [(world, 1, 1, 1), *chosen]:
