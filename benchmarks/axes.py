@@ -17,7 +17,7 @@ from benchmarks.contestants import SHAPE, OneBatch, job_of_shape
 from benchmarks.results import Row
 from concertina.layout import Layout
 
-__all__ = ["LAYOUTS", "measure_axes", "rows_of_axes"]
+__all__ = ["LAYOUTS", "bytes_of_a_step", "measure_axes", "row_name", "rows_of_axes"]
 
 RANKS = 4
 BASE = "dp 4"
@@ -61,12 +61,34 @@ def measure_axes(rounds: int) -> dict[str, list[float]]:
 def rows_of_axes(samples: dict[str, list[float]]) -> list[Row]:
     """Tokens per second of the base, and each layout's share of it round by round."""
     base = samples[BASE]
-    rows = [Row.of(f"{RANKS} ranks, {BASE}", "tokens/s", base)]
+    rows = [Row.of(row_name(BASE), "tokens/s", base)]
     for name, values in samples.items():
         if name != BASE:
             shares = [value / of for value, of in zip(values, base, strict=True)]
-            rows.append(Row.of(f"{RANKS} ranks, {name}, against {BASE}", "ratio", shares))
+            rows.append(Row.of(row_name(name), "ratio", shares))
     return rows
+
+
+def row_name(layout: str) -> str:
+    """What a layout's row is called."""
+    return f"{RANKS} ranks, {layout}" + (f", against {BASE}" if layout != BASE else "")
+
+
+def bytes_of_a_step(degrees: dict[str, Any]) -> float:
+    """What rank 0 sends in a step under a layout, where every expert is as likely."""
+    from concertina.planner.traffic import Sender, even_counts, step
+
+    layout, sequence_parallel = _layout(degrees)
+    sender = Sender(job_of_shape().model, layout, 0, "float32", sequence_parallel)
+    sequences = SHAPE.sequences // layout.dp
+    tokens = sequences * SHAPE.sequence_tokens / (layout.tp if sequence_parallel else 1)
+    routing = [even_counts(sender, tokens)] * sender.moe_layers
+    return sum(step(sender, SHAPE.sequence_tokens, [sequences], [routing]).values())
+
+
+def _layout(degrees: dict[str, Any]) -> tuple[Layout, bool]:
+    axes = {axis: value for axis, value in degrees.items() if axis != "sequence_parallel"}
+    return Layout(RANKS, **axes), degrees.get("sequence_parallel", True)
 
 
 def _rank(rank: int, port: int, rounds: int, answers: Any) -> None:
@@ -82,7 +104,7 @@ def _rank(rank: int, port: int, rounds: int, answers: Any) -> None:
     for number, (name, degrees) in enumerate(LAYOUTS.items()):
         job = job_of_shape()
         job = job.model_copy(update={"layout": job.layout.model_copy(update=degrees)})
-        layout = Layout(RANKS, **{axis: value for axis, value in degrees.items() if axis != "sequence_parallel"})
+        layout, _ = _layout(degrees)
         groups = form_groups(
             layout, rank, store, GroupOptions(number, timeout=TIMEOUT), kv_copies(job.model, layout.tp)
         )

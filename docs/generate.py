@@ -16,10 +16,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from benchmarks.axes import LAYOUTS, bytes_of_a_step, row_name
 from concertina.config import Job
 from concertina.elastic.waits import BOUNDS, ORDER
 
-__all__ = ["TABLES", "bounds_table", "keys_table", "results_table", "table_in", "with_table"]
+__all__ = ["TABLES", "axes_table", "bounds_table", "keys_table", "results_table", "table_in", "with_table"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,6 +61,23 @@ def _result_rows(path: Path) -> Iterator[str]:
         link = f"[{len(row['samples'])}](benchmarks/results/{path.name})"
         cells = [f"{what}: {row['name']}", measured, goal, met, f"{hardware}, {month[:4]}-{month[4:]}", commit, link]
         yield f"| {' | '.join(cells)} |"
+
+
+def axes_table(folder: Path = RESULTS) -> str:
+    """What each layout of the benchmark costs, by its newest result, and what a rank sends by the formulas."""
+    paths = sorted(folder.glob("throughput_*.json"))
+    if not paths:
+        return "Not measured yet: `python -m benchmarks.throughput`."
+    document = json.loads(paths[-1].read_text(encoding="utf-8"))
+    measured = {row["name"]: row for row in document["rows"]}
+    lines = ["| layout | tokens/s against dp 4 | MB a rank sends in a step | samples |", "|---|---:|---:|---:|"]
+    for name, degrees in LAYOUTS.items():
+        row = measured.get(row_name(name))
+        if row is not None:
+            ratio = row["value"] if row["unit"] == "ratio" else 1.0
+            samples = len(row["samples"])
+            lines.append(f"| {name} | {ratio:.2f} | {bytes_of_a_step(degrees) / 1e6:.0f} | {samples} |")
+    return "\n".join(lines)
 
 
 def _number(value: float, unit: str) -> str:
@@ -147,6 +165,7 @@ def _plain(text: str | None) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "results": ("README.md", results_table),
+    "axes": ("docs/engine.md", axes_table),
     "bounds": ("docs/ownership.md", bounds_table),
     "keys": ("docs/keys.md", keys_table),
 }

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.axes import row_name
 from benchmarks.results import Row
-from docs.generate import AWAITED, results_table, table_in
+from docs.generate import AWAITED, axes_table, results_table, table_in
 from tests.house.tree import ROOT
 
 pytestmark = pytest.mark.unit
@@ -46,6 +47,12 @@ def test_the_newest_result_of_a_question_and_machine_counts(tmp_path: Path) -> N
     assert "old" not in table
     assert "with changes" in table
     assert "elsewhere" in table
+
+
+def test_every_measured_layout_has_a_line_with_its_bytes(tmp_path: Path) -> None:
+    base = Row.of(row_name("dp 4"), "tokens/s", [1500.0])
+    write(tmp_path / "throughput_2core_202611.json", [base, Row.of(row_name("tp 2"), "ratio", [0.9, 0.8, 0.85])])
+    assert axes_table(tmp_path).splitlines()[2:] == ["| dp 4 | 1.00 | 93 | 1 |", "| tp 2 | 0.85 | 92 | 3 |"]
 
 
 def test_what_is_not_measured_is_said(tmp_path: Path) -> None:

@@ -47,14 +47,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_D, weight_D, scale = ctx.saved_tensors
-        dy = grads[0].to(scale.dtype)
-        weight = weight_D.to(scale.dtype)
-        normed = x_D.to(scale.dtype) * scale
-        product = dy * normed
-        dweight = product.flatten(0, -2).sum(0)
-        # What of the gradient points along the row itself: it changes the length, which the norm takes away again.
-        along = ctx.pieces.total(torch.matmul(product, weight)).div_(-ctx.pieces.width).unsqueeze(-1)
-        dx = torch.mul(dy, weight, out=product).addcmul_(normed, along).mul_(scale)
+        x, dy, weight = (tensor.to(scale.dtype) for tensor in (x_D, grads[0], weight_D))
+        # One product serves the weight's gradient and the part of the row's that points along the row itself: that part
+        # would change the length, which the norm takes away again.
+        product = dy * x
+        dweight = torch.mv(product.flatten(0, -2).t(), scale.flatten())
+        along = ctx.pieces.total(torch.matmul(product, weight)).unsqueeze(-1)
+        along = along.mul_(scale).mul_(scale).mul_(scale).div_(-ctx.pieces.width)
+        dx = torch.mul(dy, weight, out=product).mul_(scale).addcmul_(x, along)
         return dx.to(x_D.dtype), dweight.to(weight_D.dtype), None, None
 
 

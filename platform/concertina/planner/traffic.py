@@ -160,7 +160,7 @@ def dispatch(sender: Sender, counts: Counts) -> Traffic:
     }
 
 
-def even_counts(sender: Sender, tokens: int) -> Counts:
+def even_counts(sender: Sender, tokens: float) -> Counts:
     """What to expect where every rank routes `tokens` tokens and every expert is as likely."""
     model, layout = sender.model, sender.layout
     rows = tokens * model.num_experts_per_tok / model.num_experts
