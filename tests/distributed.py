@@ -8,6 +8,7 @@ functions that leave nothing behind.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -148,6 +149,8 @@ def _serve(calls: Any, results: Any) -> None:
     while True:
         fn, rank, port, timeout_s, args = calls.get()
         _main(fn, rank, port, timeout_s, results, args)
+        del fn, args
+        gc.collect()  # what a test tied into a knot takes its threads along
 
 
 _pool: _Pool | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ class GradientReducer:
         self._last = False
         for index, bucket in enumerate(buckets):
             for name, parameter in bucket.parameters.items():
-                parameter.register_post_accumulate_grad_hook(partial(self._take, index, name))
+                # A parameter holds its hooks where Python's collector does not look: they must not hold us in turn, or
+                # neither the engine nor the threads of its groups would ever go.
+                parameter.register_post_accumulate_grad_hook(partial(_take, ref(self), index, name))
 
     def arm(self, last: bool) -> None:
         """Before each micro-batch's backward; `last` says that gradients are complete after it."""
@@ -57,7 +60,8 @@ class GradientReducer:
         self._missing = [set(bucket.parameters) for bucket in self.buckets]
         self._started = 0
 
-    def _take(self, index: int, name: str, parameter: Tensor) -> None:
+    def take(self, index: int, name: str, parameter: Tensor) -> None:
+        """Take what autograd has added up in `parameter`, bucket `index`'s, and start what is complete."""
         owed = self._owed(parameter)
         if owed and parameter.grad is None:
             return  # autograd calls also where all that came is deferred
@@ -81,3 +85,9 @@ class GradientReducer:
         while self._started < len(self.buckets):
             self._start_next()
         return [bucket.finish_reduce() for bucket in self.buckets]
+
+
+def _take(reducer: ReferenceType[GradientReducer], index: int, name: str, parameter: Tensor) -> None:
+    alive = reducer()
+    assert alive is not None, "a reducer is kept as long as gradients are made for it"
+    alive.take(index, name, parameter)

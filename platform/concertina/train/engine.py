@@ -8,6 +8,7 @@ losses, the acknowledgement of the step before, and the control word.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,10 @@ class Engine:
         self.deferred = DeferredGradients()  # empty unless a step is computed inside `deferring`
         self.reducer = GradientReducer(buckets, self.deferred.owes)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training)
+        optimizer = weakref.proxy(self.optimizer)  # hooks hold nothing that would hold this engine
         for part in self.decoder.modules():
             if isinstance(part, Part) and part.made:
-                part.register_forward_pre_hook(lambda part, _: self.optimizer.arrive(part.made.values()))
+                part.register_forward_pre_hook(lambda part, _: optimizer.arrive(part.made.values()))
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
