@@ -60,6 +60,7 @@ class Conductor:
         generation = max(plan.generation, past.generation if self.restarted else 0) + (1 if again else 0)
         if not self.restarted:
             discard_after(plan.checkpoints, plan.resume_step)
+            folder.write_job(plan.job)  # a resume may change it, once it is sure that there is one
             self._record_start()
         self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, plan.job.checkpoint.keep)
         self.journal.write(self.journal.pids, self.journal.nodes)

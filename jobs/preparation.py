@@ -12,7 +12,7 @@ from pathlib import Path
 
 from concertina.config import Job
 from concertina.errors import CheckpointError, DataError, NotFoundError, UserError
-from concertina.layout import Axis, Layout
+from concertina.layout import Layout, check_trainable, shards
 from concertina.track.mlflow_place import tracking_uri
 from concertina.track.run import DataFacts, RunFolder, create_run
 from concertina.track.status import refuse_living
@@ -65,7 +65,7 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout) -> Prepared:
             f"run {folder.run_id} stands at step {step} of {job.training.steps}: nothing is left to do; "
             f"give it more with --set training.steps={step * 2}"
         )
-    folder.write_job(job)
+    _refuse_another_model(chosen, job)
     generation = summarize(folder).shape.generation + 1
     return Prepared(job, layout, folder, corpus, chosen, step, generation)
 
@@ -83,23 +83,36 @@ def _newest_sound(checkpoints: list[Path]) -> Path:
         try:
             verify(folder)
         except CheckpointError as error:
-            print(f"warning: {error}: trying the checkpoint before it", file=sys.stderr)
+            print(f"warning: {error}; {folder.name} is passed over", file=sys.stderr)
         else:
             return folder
     raise CheckpointError(f"none of {len(checkpoints)} checkpoints in {checkpoints[0].parent} is sound")
+
+
+def _refuse_another_model(checkpoint: Path, job: Job) -> None:
+    """A resume goes on with the tensors there are: ranks would find it out, after a cluster has started."""
+    from concertina.state.manifest import read_manifest
+
+    model = job.model
+    wanted = {f"master/{name}": shard.global_shape for name, shard in shards(model, Layout(1), 0).items()}
+    if model.has_router_bias:
+        layers = (layer for layer in range(model.num_hidden_layers) if model.is_moe_layer(layer))
+        wanted |= {f"buffer/layers.{layer}.moe.bias": (model.num_experts,) for layer in layers}
+    held = {key: shape for key, shape in read_manifest(checkpoint).shapes.items() if not key.startswith("exp_avg")}
+    for key in sorted(wanted.keys() | held.keys()):
+        if wanted.get(key) != held.get(key):
+            there, here = (f"has shape {s[key]}" if key in s else "is not there" for s in (held, wanted))
+            raise UserError(
+                f"{checkpoint.name} is of another model: {key.partition('/')[2]} {there} in the checkpoint, and {here} "
+                "in the job: leave model.* as it was, or start a new run"
+            )
 
 
 def _refuse_unsupported(job: Job, layout: Layout) -> None:
     """The layout may have any degrees; the engine has no pipeline and no context parallelism so far. Tracking must go
     where we can write."""
     tracking_uri(job.tracking.tracking_uri, Path(job.storage_path))
-    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP)]
-    wanted = [text for text in wanted if not text.endswith("=1")]
-    if wanted:
-        raise UserError(
-            f"the engine does not train {' '.join(wanted)} yet: set layout.pp and cp to 1 "
-            "(`concertina layout` draws any of them)"
-        )
+    check_trainable(layout)
 
 
 def _prepare_data(job: Job) -> tuple[Path, DataFacts]:

@@ -38,8 +38,10 @@ class _Window:
 
     seconds: float = 0.0
     tokens: float = 0.0
+    steps: int = 0
 
     def add(self, data: Mapping[str, Any]) -> None:
+        self.steps += 1
         self.seconds += float(data.get("step_s", 0.0))
         self.tokens += float(data.get("tokens", 0.0))
 
@@ -113,7 +115,7 @@ class Progress:
         self._window.add(data)
         self.productive_s += float(data.get("step_s", 0.0))
         rate = self._window.tokens / self._window.seconds if self._window.seconds else 0.0
-        remaining = (training.steps - step) * float(data.get("step_s", 0.0))
+        remaining = (training.steps - step) * self._window.seconds / self._window.steps
         goodput = self.productive_s / max(self.productive_s, time.monotonic() - self.started)
         line = (
             f"step={step}/{training.steps} loss={float(data['loss']):.4f} lr={float(data['learning_rate']):.2e} "

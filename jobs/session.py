@@ -81,9 +81,10 @@ def _local_gpus(job: Job) -> range:
     if there >= wanted:
         return range(there)
     if job.cluster.device == "cuda":
+        fewer = f"set it to {there} or less, or " if there else "set "
         raise UserError(
             f"cluster.num_workers={wanted} wants as many GPUs, this machine has {there}: "
-            f"set it to {there or 1} or less, or cluster.device=cpu, or give a cluster with --address"
+            f"{fewer}cluster.device=cpu, or give a cluster with --address"
         )
     return range(0)
 

@@ -82,7 +82,7 @@ class Watch:
         if news and not self.progress.productive_s:  # no step yet that a checkpoint could keep
             self.progress.say("stopping")
         elif news == 1:
-            self.progress.say("stopping with a checkpoint at the end of this step; once more to stop at once")
+            self.progress.say("stopping with a checkpoint after the steps under way; once more to stop at once")
         elif news:
             self.progress.say("stopping without a checkpoint")
 

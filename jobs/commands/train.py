@@ -22,7 +22,7 @@ def train(
         str | None, typer.Option(metavar="RUN", help="Continue this run (an id, a beginning of one, or latest).")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster, host:port. Absent: a local one is started.")
+        str | None, typer.Option(help="A running Ray cluster, host:port. Absent: RAY_ADDRESS, else a local one.")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="Folder of runs.", show_default="the job's storage_path")] = None,
     output: OutputOption = Output.TEXT,

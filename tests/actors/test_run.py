@@ -113,7 +113,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_is_the_same_run(
     first.reaches(3)
     first.send(signal.SIGINT)
     assert first.ends() == 103, first.err
-    assert "stopping with a checkpoint at the end of this step; once more to stop at once" in first.lines
+    assert "stopping with a checkpoint after the steps under way; once more to stop at once" in first.lines
     assert first.lines[-1] == "stopped: Ctrl-C"
     assert f"concertina train --resume {first.run.run_id}" in first.out
     assert first.states() == ["forming", "training", "checkpointing", "stopped"]

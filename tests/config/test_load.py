@@ -105,7 +105,7 @@ layout: 4
         ("name: x\nmodel: {shared_expert_gate: true}", "x.yaml:2: model.shared_expert_gate: there is no shared"),
         (
             "name: x\nmodel:\n  capacity: {pad: true}",
-            "x.yaml:3: model.capacity.pad: there is no capacity to fill up to",
+            "x.yaml:3: model.capacity.pad: nothing is dropped without a capacity",
         ),
         (
             "name: x\nmodel:\n  capacity: {factor: 1, scope: sub_sequence, group_sequences: 2}",

@@ -90,7 +90,7 @@ def test_ranks_and_micro_batches_hold_whole_capacity_groups() -> None:
     assert refusal(job(world=8, batch=28, model=model)).exit_code == 2
 
 
-@pytest.mark.parametrize("capacity", [{"group_sequences": 4}, {"factor": 1.0, "scope": "sub_sequence"}])
+@pytest.mark.parametrize("capacity", [{}, {"factor": 1.0, "scope": "sub_sequence"}])
 def test_dropless_and_local_capacity_ask_for_no_groups(capacity: dict[str, Any]) -> None:
     assert check_job(job(world=3, batch=5, micro=1, model={"capacity": capacity})).dp == 3
 

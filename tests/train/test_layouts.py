@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import torch
 from concertina.config import Job
 from concertina.errors import LayoutError
 from concertina.layout import Layout, check_job
+from concertina.model import loss as loss_module
 from concertina.parallel.groups import Group
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, plainest, record_drops, tiny_job
+from tests.train.worlds import engine_on, plainest, record_drops, seated_engine, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -162,6 +164,52 @@ def test_lanes_that_hold_the_same_tokens(degrees: Degrees) -> None:
 @pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_on_a_folded_layout(micro: int) -> None:
     check((4, 2, 4, 1), "float64", 1e-10, training__micro_batch_size=micro)
+
+
+def loss_in_chunks(rank: int, store: Any, changes: dict[str, Any], tp: int) -> tuple[float, float]:
+    """Loss and norm of a step whose logits are made a few tokens at a time."""
+    with patch.object(loss_module, "_CHUNK_LOGITS", 300):
+        result = engine_on(odd_job(**changes), Layout(tp, tp=tp), rank, store).train_step(1)
+    return result.loss, result.grad_norm
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lanes_with_unequal_rows_of_the_vocabulary_take_the_same_chunks(tied: bool) -> None:
+    """97 rows are 49 and 48: 300 logits are 6 tokens of either."""
+    changes = {"model__tie_word_embeddings": tied}
+    expected = loss_in_chunks(0, None, changes, 1)
+    for found in on_ranks(loss_in_chunks, 2, changes, 2):
+        assert found == pytest.approx(expected, rel=1e-10)
+
+
+def weights_in_bfloat16(rank: int, store: Any, changes: dict[str, Any], degrees: Degrees) -> dict[str, Any]:
+    """After three steps: every weight's box and the bits in it."""
+    world, tp, ep, etp = degrees
+    job = odd_job(training__precision="bfloat16", **changes)
+    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    for step in (1, 2, 3):
+        engine.train_step(step)
+    engine.settle()
+    bits = {name: tensor.detach().view(torch.int16).numpy().copy() for name, tensor in engine.decoder.named_tensors()}
+    return {name: (engine.shards[name].box, piece) for name, piece in bits.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"layout": {"sequence_parallel": False}}], ids=str)
+@pytest.mark.parametrize("degrees", [(4, 4, 2, 1), (4, 2, 2, 2)], ids=str)
+def test_bfloat16_weights_are_the_same_bits_wherever_they_are_held(degrees: Degrees, changes: dict[str, Any]) -> None:
+    held: dict[Any, list[Any]] = {}
+    for rank in on_ranks(weights_in_bfloat16, degrees[0], changes, degrees):
+        for name, (box, piece) in rank.items():
+            held.setdefault((name, box), []).append(piece)
+    assert max(map(len, held.values())) == degrees[0]
+    for (name, _), pieces in held.items():
+        assert all((piece == pieces[0]).all() for piece in pieces), name
+
+
+def test_what_is_only_laid_out_is_refused_by_the_engine_too() -> None:
+    for layout, text in [(Layout(2, pp=2), "pp=2"), (Layout(2, cp=2), "cp=2")]:
+        with pytest.raises(LayoutError, match=f"does not train {text}"):
+            seated_engine(tiny_job(), layout, 0).train_step(1)
 
 
 @pytest.mark.parametrize(

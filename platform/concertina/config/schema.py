@@ -62,7 +62,7 @@ class CapacityConfig(Section):
     factor: Annotated[float, Field(gt=0)] | None = None
     """Capacity of an expert over its even share of the choices; absent: nothing is dropped."""
     priority: Literal["probability", "position"] = "probability"
-    """Whom a full expert keeps: the largest weights, or the earliest tokens (cheaper, but blind to what it drops)."""
+    """Whom a full expert keeps: the largest scores, or the earliest tokens (cheaper, but blind to what it drops)."""
     group_sequences: Positive = 1
     """Consecutive sequences of the global batch over which capacity is counted; no rank or micro-batch parts them."""
     scope: Literal["group", "sub_sequence"] = "group"
@@ -159,11 +159,14 @@ class ModelConfig(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def expert_capacity(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens an expert takes: ceil(factor * tokens * k / E). There must be a factor."""
+        """How many of `num_tokens` tokens an expert takes: ceil(factor * tokens * k / E), never more than there are.
+
+        There must be a factor.
+        """
         assert self.capacity.factor is not None
         # The factor as it is written: in floats, 1.1 times 10 is more than 11.
         even_share = Exact(num_tokens * self.num_experts_per_tok, self.num_experts)
-        return math.ceil(Exact(repr(self.capacity.factor)) * even_share)
+        return min(num_tokens, math.ceil(Exact(repr(self.capacity.factor)) * even_share))
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
@@ -207,8 +210,12 @@ def _expert_misfits(model: ModelConfig) -> list[tuple[str, str]]:
 
 def _capacity_misfits(capacity: CapacityConfig) -> list[tuple[str, str]]:
     problems = []
-    if capacity.pad and capacity.factor is None:
-        problems.append(("capacity.pad", "there is no capacity to fill up to: set model.capacity.factor"))
+    if capacity.factor is None:
+        plain = CapacityConfig()
+        idle = [name for name in CapacityConfig.model_fields if getattr(capacity, name) != getattr(plain, name)]
+        return [
+            (f"capacity.{name}", "nothing is dropped without a capacity: set model.capacity.factor") for name in idle
+        ]
     if capacity.scope == "sub_sequence" and capacity.group_sequences > 1:
         text = (
             f"group_sequences={capacity.group_sequences} means nothing to scope=sub_sequence, which counts what a rank "
@@ -375,7 +382,7 @@ class TrackingConfig(Section):
     """MLflow."""
 
     tracking_uri: str | None = None
-    """Absent: sqlite under storage_path."""
+    """Absent: MLFLOW_TRACKING_URI, else sqlite under storage_path."""
     experiment_name: str = "concertina"
     """MLflow experiment."""
 

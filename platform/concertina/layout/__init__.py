@@ -12,7 +12,7 @@ from concertina.layout.buckets import (
     split_dim,
 )
 from concertina.layout.draw import draw
-from concertina.layout.fit import check_job
+from concertina.layout.fit import check_job, check_trainable
 from concertina.layout.fold import Layout
 from concertina.layout.grid import Grid
 from concertina.layout.shards import Fill, HeadCut, Shard, cut_heads, kv_copies, shards
@@ -32,6 +32,7 @@ __all__ = [
     "Shard",
     "Slot",
     "check_job",
+    "check_trainable",
     "cut",
     "cut_heads",
     "draw",

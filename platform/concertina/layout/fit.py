@@ -6,13 +6,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from concertina.errors import LayoutError
+from concertina.layout.axis import Axis
 from concertina.layout.fold import Layout
 from concertina.layout.refusals import Degrees, Fault, misfits, world_faults
 
 if TYPE_CHECKING:  # building the schema takes longer than printing 16,384 ranks
     from concertina.config import Job, ModelConfig
 
-__all__ = ["check_job"]
+__all__ = ["check_job", "check_trainable"]
+
+
+def check_trainable(layout: Layout) -> None:
+    """Raises LayoutError for what can be laid out and not be trained yet: pipelines and context parallelism."""
+    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP) if layout.degree(axis) > 1]
+    if wanted:
+        raise LayoutError(
+            f"the engine does not train {' '.join(wanted)} yet: set layout.pp and cp to 1 "
+            "(`concertina layout` draws any of them)"
+        )
 
 
 def check_job(job: Job) -> Layout:

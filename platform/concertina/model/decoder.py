@@ -59,7 +59,7 @@ class Embedding(Part):
         super().__init__(build, prefix)
         self._make("weight")
         box = build.shards[f"{prefix}.weight"].box
-        self.vocabulary = Vocabulary(build.lanes.group, box.start[0], box.stop[0])
+        self.vocabulary = Vocabulary(build.lanes.group, box.start[0], box.stop[0], build.model.vocab_size)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """Rows of the tokens that are here, zeros for the others: [T, D], to be summed over the lanes."""
@@ -83,7 +83,7 @@ class Head(Part):
         else:
             self.weight = tied.weight
         box = build.shards[f"{prefix if tied is None else tied.prefix}.weight"].box
-        self.vocabulary = Vocabulary(build.lanes.group, box.start[0], box.stop[0])
+        self.vocabulary = Vocabulary(build.lanes.group, box.start[0], box.stop[0], build.model.vocab_size)
 
     def forward(self, x_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses, which every lane of tp knows, and the number of tokens counted."""

@@ -27,11 +27,17 @@ _CHUNK_LOGITS = 1 << 21  # 8 MiB in fp32: three quarters of the time are product
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows [start, stop) of the vocabulary are here, the others on the other ranks of `group`."""
+    """Rows [start, stop) of the vocabulary are here, of `size` in all, the others on the other ranks of `group`."""
 
     group: Group
     start: int
     stop: int
+    size: int
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the rank that has most, which every rank knows."""
+        return -(-self.size // self.group.size)
 
     def here(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of `tokens` in what is here (0 for those elsewhere and negative ones), and which are here."""
@@ -50,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x_TD) if with_gradient else None
         dw = torch.zeros_like(w_VD, dtype=wide) if with_gradient and ctx.queue is None else None
         scales: list[_Scale] = []
-        for chunk in _chunks(x_TD, w_VD):
+        for chunk in _chunks(x_TD, vocabulary):
             x_ND, targets_N = x_TD[chunk], targets_T[chunk]
             logits_NV = product(x_ND, w_VD).to(wide)
             losses, scale = _losses_and_probabilities(logits_NV, targets_N, vocabulary)
@@ -89,9 +95,9 @@ def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
     return (gradient * by).to(gradient.dtype)
 
 
-def _chunks(x_TD: Tensor, w_VD: Tensor) -> list[slice]:
-    """Tokens whose logits are made together."""
-    rows = max(1, _CHUNK_LOGITS // max(1, w_VD.shape[0]))
+def _chunks(x_TD: Tensor, vocabulary: Vocabulary) -> list[slice]:
+    """Tokens whose logits are made together: the same ones on every lane, however its rows are cut."""
+    rows = max(1, _CHUNK_LOGITS // vocabulary.most_rows)
     return [slice(start, start + rows) for start in range(0, x_TD.shape[0], rows)]
 
 
@@ -101,7 +107,7 @@ def head_gradient(
     """dW [V, D] of the loss, from logits made anew: no lane is asked again."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     dw = torch.zeros_like(w_VD, dtype=wide)
-    for chunk, scale in zip(_chunks(x_TD, w_VD), scales, strict=True):
+    for chunk, scale in zip(_chunks(x_TD, vocabulary), scales, strict=True):
         logits_NV = product(x_TD[chunk], w_VD).to(wide)
         if scale is None:
             torch.softmax(logits_NV, 1, out=logits_NV)
@@ -176,6 +182,6 @@ def cross_entropy_sum(
     each gets the same sum, and the gradient of its rows and, as its part, of x.
     """
     with_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or w_VD.requires_grad)
-    vocabulary = vocabulary or Vocabulary(Group.alone(), 0, w_VD.shape[0])
+    vocabulary = vocabulary or Vocabulary(Group.alone(), 0, w_VD.shape[0], w_VD.shape[0])
     loss = _CrossEntropy.apply(x_TD, w_VD, targets_T, vocabulary, with_gradient)
     return loss, (targets_T != IGNORED).sum()

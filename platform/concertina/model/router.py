@@ -72,7 +72,8 @@ class Router(Part):
             counts_E,
             balance_sum(shares(scores_RE, model), counts_BE, span) / lanes.copies,
             z_sum(logits_RE, span) / lanes.copies,
-            span.quota.keep(ids_RK, weights_RK) if span.quota is not None else None,
+            # By score: weights that are normalised say nothing where a token has one choice.
+            span.quota.keep(ids_RK, scores_RE.gather(1, ids_RK)) if span.quota is not None else None,
         )
 
     def _logits(self, x_RD: Tensor, span: Span) -> Tensor:

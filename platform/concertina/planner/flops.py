@@ -37,5 +37,5 @@ def _layer_weights(model: ModelConfig, layer: int) -> int:
     if not model.is_moe_layer(layer):
         return attention + 3 * hidden * model.intermediate_size
     expert_widths = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_expert_intermediate_size
-    gates = hidden * (model.num_experts + model.shared_expert_gate)
+    gates = hidden * (model.num_experts * (1 + model.router_noise) + model.shared_expert_gate)
     return attention + 3 * hidden * expert_widths + gates

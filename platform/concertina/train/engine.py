@@ -19,11 +19,11 @@ from torch import Tensor
 from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
 from concertina.errors import CheckpointError
-from concertina.layout import STAGE, Box, Layout, cut
+from concertina.layout import STAGE, Box, Layout, check_trainable, cut, kv_copies
 from concertina.model import Decoder, ModelOutput, Part, Place
 from concertina.model.deferred import DeferredGradients
 from concertina.parallel.collectives import all_reduce_sum
-from concertina.parallel.groups import Groups
+from concertina.parallel.groups import KV, Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import load_boxes
@@ -80,6 +80,8 @@ class Engine:
 
         No collective; the groups must be formed.
         """
+        sharers = layout.neighbours_of(rank, kv_copies(self.job.model, layout.tp))
+        assert groups[KV].ranks == sharers, "groups were formed for another number of lanes of a key-value head"
         self.layout, self.rank, self.groups = layout, rank, groups
         training = self.job.training
         dtype, sequence_parallel = DTYPES[training.precision], self.job.layout.sequence_parallel
@@ -98,7 +100,11 @@ class Engine:
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int, word: int = 0) -> StepResult:
-        """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only."""
+        """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only.
+
+        Raises LayoutError for a layout that can be built and not trained yet.
+        """
+        check_trainable(self.layout)
         sums = self._forward_backward(step)
         shards = self.reducer.finish()
         head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:5]])
