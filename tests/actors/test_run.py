@@ -73,6 +73,15 @@ def test_it_says_how_it_goes(reference: Drive) -> None:
     assert list(reference.steps()) == list(range(1, STEPS + 1))
 
 
+def test_a_resume_with_another_model_is_refused_and_changes_nothing(reference: Drive, start: Start) -> None:
+    before = reference.run.job_file.read_bytes()
+    changes = (f"training.steps={2 * STEPS}", "model.moe_intermediate_size=48")
+    second = start(*(word for change in changes for word in ("--set", change)), resume=reference)
+    assert second.ends() == 2
+    assert "is of another model: layers.0.moe.experts.w13 has shape (4, " in second.lines[-1]
+    assert reference.run.job_file.read_bytes() == before
+
+
 def test_mlflow_holds_every_step_once(reference: Drive) -> None:
     page = MlflowPage(reference.run)
     assert page.status == "FINISHED"
