@@ -51,22 +51,27 @@ class Row:
         return kept
 
 
-def refuse_dirty_tree(allow_dirty: bool) -> None:
-    """Before the first sample. Raises UserError when the checkout has changes, or is none."""
-    git = versions()["git"]
+def refuse_dirty_tree(allow_dirty: bool) -> dict[str, Any]:
+    """Before the first sample: the versions that are measured, whatever is edited meanwhile.
+
+    Raises UserError when the checkout has changes, or is none.
+    """
+    measured = versions()
+    git = measured["git"]
     if not allow_dirty and (git is None or git["dirty"]):
         raise UserError(
             "the checkout has uncommitted changes or no commit: commit first, or pass --allow-dirty for a trial"
         )
+    return measured
 
 
-def write_result(path: Path, config: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write the result file; the tree was looked at before the first sample."""
+def write_result(path: Path, config: dict[str, Any], measured: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write the result file; `measured` is what `refuse_dirty_tree` found before the first sample."""
     document = {
         "schema_version": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config,
-        "versions": versions(),
+        "versions": measured,
         "rows": [row.document() for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-dirty", action="store_true", help="a trial: measure uncommitted code")
     options = parser.parse_args(arguments)
     try:
-        refuse_dirty_tree(options.allow_dirty)
+        measured = refuse_dirty_tree(options.allow_dirty)
         rows: list[Row] = []
         for threads in options.threads:
             rows += rows_of(threads, measure(threads, options.rounds, options.only))
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     settings = {name: getattr(options, name) for name in ("rounds", "threads", "axes_rounds", "ranks_rounds")}
-    write_result(options.output, {**asdict(SHAPE), **settings, "ranks_job": JOB.name}, rows)
+    write_result(options.output, {**asdict(SHAPE), **settings, "ranks_job": JOB.name}, measured, rows)
     print(show(rows))
     return 0
 
