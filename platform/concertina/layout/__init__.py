@@ -15,6 +15,7 @@ from concertina.layout.draw import draw
 from concertina.layout.fit import check_job, check_trainable
 from concertina.layout.fold import Layout
 from concertina.layout.grid import Grid
+from concertina.layout.seating import Seating
 from concertina.layout.shards import Fill, HeadCut, Shard, cut_heads, kv_copies, shards
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Grid",
     "HeadCut",
     "Layout",
+    "Seating",
     "Shard",
     "Slot",
     "check_job",

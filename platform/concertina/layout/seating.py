@@ -1,0 +1,62 @@
+"""Who sits where in a generation? Members of a run on the ranks of a layout, and who holds each rank's second copy.
+
+A *member* is one process of a run, numbered for life; its *rank* is its seat in a generation and changes with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from concertina.layout.fold import Layout
+
+__all__ = ["Seating"]
+
+
+@dataclass(frozen=True)
+class Seating:
+    """`members[rank]` sits there. `seconds[rank]` is the rank that owns a second copy of its optimizer's shard, None
+    where there is none. `spares` are members without a rank, which hold nothing and wait."""
+
+    layout: Layout
+    members: tuple[int, ...]
+    seconds: tuple[int | None, ...]
+    spares: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.members) == len(self.seconds) == self.layout.world, self
+        assert len({*self.members, *self.spares}) == len(self.roster), self
+
+    @property
+    def roster(self) -> tuple[int, ...]:
+        """Everybody: ranks in order, then spares."""
+        return self.members + self.spares
+
+    @cached_property
+    def _ranks(self) -> dict[int, int]:
+        return {member: rank for rank, member in enumerate(self.members)}
+
+    def rank_of(self, member: int) -> int | None:
+        """The rank of `member`; None for a spare and for who is not here."""
+        return self._ranks.get(member)
+
+    def firsts(self, rank: int) -> tuple[int, ...]:
+        """The ranks whose second copies `rank` owns, ascending."""
+        return tuple(first for first, second in enumerate(self.seconds) if second == rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` makes a seating of."""
+        layout = self.layout
+        degrees = [layout.world, layout.pp, layout.cp, layout.tp, layout.ep, layout.etp]
+        return {
+            "layout": degrees,
+            "members": list(self.members),
+            "seconds": list(self.seconds),
+            "spares": list(self.spares),
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Seating:
+        layout = Layout.of(*document["layout"])
+        return cls(layout, tuple(document["members"]), tuple(document["seconds"]), tuple(document["spares"]))
