@@ -54,10 +54,10 @@ class Wards:
 
 
 class NodeAgent:
-    """The actor of one node in one run. `reservation` is the name of the run's placement group on this node."""
+    """The actor of one node in one run."""
 
-    def __init__(self, reservation: str) -> None:
-        self._reservation = reservation
+    def __init__(self) -> None:
+        self._reservations: list[str] = []
         self._wards, self._coordinator = Wards(), Wards()
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
@@ -66,9 +66,10 @@ class NodeAgent:
         """Where this agent is."""
         return {"pid": os.getpid(), "address": ray.util.get_node_ip_address()}
 
-    def renew(self, pids: list[int], host: str = "", coordinator: int = 0) -> None:
-        """The coordinator lives, there and with that pid; these are the processes of its ranks on this node."""
+    def renew(self, pids: list[int], reservations: list[str], host: str = "", coordinator: int = 0) -> None:
+        """The coordinator lives, there and with that pid; these are its processes and placement groups on this node."""
         self._wards.are(pids)
+        self._reservations = reservations
         self._coordinator.are([coordinator] if host == socket.gethostname() else [])
         self._renewed = time.monotonic()
 
@@ -88,8 +89,9 @@ class NodeAgent:
             time.sleep(_LOOK_S)
             self._end_frozen_coordinator()
         self._wards.end()
-        with suppress(ValueError):  # given back already
-            remove_placement_group(get_placement_group(self._reservation))
+        for name in self._reservations:
+            with suppress(ValueError):  # given back already
+                remove_placement_group(get_placement_group(name))
         os._exit(0)
 
     def _end_frozen_coordinator(self) -> None:

@@ -1,4 +1,4 @@
-"""What does a rank need to know to train in a generation? One frozen value the coordinator sends it."""
+"""What does a member need to know before it has a seat? One frozen value the coordinator sends it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class RunPlan:
     """One session of a run, as the driver hands it to the coordinator. Paths are seen by every node.
 
     `session` names this start of the run (a coordinator that restarts finds itself in its journal by it); `token` is
-    the secret of the supervision channel and never reaches a file.
+    the secret of the supervision channel and never reaches a file. `layout` is that of all workers; `generation` the
+    first one's number.
     """
 
     run_id: str
@@ -43,9 +44,8 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A rank's place in one generation, known before its process starts. `channel` is where the coordinator listens."""
+    """A member's number, known before its process starts. `channel` is where the coordinator listens."""
 
     plan: RunPlan
-    generation: int
-    rank: int
+    member: int
     channel: tuple[str, int]

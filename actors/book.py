@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.last_session import read_last_session
-from concertina.elastic.blame import Blame, find_blame
 from concertina.elastic.messages import (
     AnomalySeen,
     Committed,
@@ -22,7 +21,6 @@ from concertina.elastic.messages import (
     PartWritten,
     RankError,
     RolledBack,
-    Started,
 )
 from concertina.elastic.states import RunEvent, transition
 from concertina.errors import CheckpointError
@@ -33,26 +31,24 @@ __all__ = ["Book"]
 
 
 class Book:
-    """One run's state in one generation. Any thread may call; one at a time is let in.
+    """One run's state, generation after generation. Any thread may call; one at a time is let in.
 
     What `record` has taken in is on storage when it returns: the channel acknowledges a message by that.
     """
 
-    def __init__(self, log: EventLog, checkpoints: Path, world: int, generation: int, keep: int) -> None:
+    def __init__(self, log: EventLog, checkpoints: Path, keep: int) -> None:
         self._mutex = threading.RLock()
         self.log, self.checkpoints = log, checkpoints
-        self.world, self.generation, self.keep = world, generation, keep
+        self.world, self.keep = 0, keep
         past = read_last_session(log.path)
+        self.generation = past.generation
         self.state, self.reason, self._exit_code = past.state, past.reason, past.exit_code
         self._written = past.written
         self.step = self._written.get(EventType.STEP, 0)
         self.stop_reason = past.reason or "asked to stop"
-        self.started: set[int] = set()
         self.finished: dict[int, Finished] = {}
         self.errors: list[RankError] = []
-        self.lost: dict[int, str] = {}
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
-            Started: self._on_started,
             Committed: self._on_committed,
             Evaluated: self._on_evaluated,
             PartWritten: self._on_part,
@@ -82,11 +78,30 @@ class Book:
         with self._mutex:
             self._handlers[type(message)](message)
 
-    def blame(self) -> Blame | None:
-        """Who broke the run, as far as is known."""
+    def sit(self, generation: int, world: int, step: int) -> None:
+        """A generation of so many ranks has formed and goes on after `step`."""
         with self._mutex:
-            lost = {rank: why for rank, why in self.lost.items() if rank not in self.finished}
-            return find_blame(self.errors, lost)
+            self.generation, self.world = generation, world
+            self.finished.clear()
+            self.step = max(self.step, step)
+
+    def fill(self, records: list[dict[str, Any]], step: int) -> None:
+        """Write down what a first rank did not live to say of the steps up to `step`, which is kept."""
+        with self._mutex:
+            for record in sorted(records, key=lambda record: record["step"]):
+                if record["step"] <= step:
+                    self._on_committed(Committed(record["step"], record["metrics"]))
+                if record["step"] <= step and "validation_loss" in record:
+                    self._on_evaluated(Evaluated(record["step"], record["validation_loss"]))
+
+    @property
+    def recorded(self) -> int:
+        """The newest committed step that is written down."""
+        return self._written.get(EventType.STEP, 0)
+
+    def newest_checkpoint(self) -> int:
+        """Its step; 0 when there is none."""
+        return self._written.get(EventType.CHECKPOINT, 0)
 
     @property
     def exit_code(self) -> int:
@@ -95,7 +110,7 @@ class Book:
 
     @property
     def all_finished(self) -> bool:
-        return len(self.finished) == self.world
+        return len(self.finished) == self.world > 0
 
     def _tell_checkpoint(self, manifest: Manifest) -> None:
         self._written[EventType.CHECKPOINT] = manifest.step
@@ -112,15 +127,9 @@ class Book:
 
     # -- one handler a message ------------------------------------------------------------------------------------
 
-    def _on_started(self, message: Started) -> None:
-        self.started.add(message.rank)
-        self.step = max(self.step, message.step)
-        if len(self.started) == self.world:
-            self.move(RunEvent.FORMED, **message.seconds)
-
     def _on_committed(self, message: Committed) -> None:
-        self.step = message.step
         if message.step > self._written.get(EventType.STEP, 0):
+            self.step = message.step
             self._written[EventType.STEP] = message.step
             self.event(EventType.STEP, message.step, **message.metrics)
 
@@ -131,7 +140,7 @@ class Book:
 
     def _on_part(self, message: PartWritten) -> None:
         try:
-            manifest = commit(self.checkpoints, message.step, self.generation, message.facts)
+            manifest = commit(self.checkpoints, message.step, message.generation, message.facts)
         except (CheckpointError, OSError) as error:
             self.event(EventType.ERROR, message.step, message=str(error), rank=message.rank, traceback="")
             return

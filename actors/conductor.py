@@ -1,13 +1,13 @@
-"""How does a session of a run go, from no ranks at all to its end? Room, ranks, their store, and what they report.
+"""How does a session of a run go, from no members at all to its end? Members come and are lost; generations follow.
 
 Runs in the coordinator's actor. One thread does everything in order; the channel's thread only wakes it. It is not on
-the step's path. One that restarts finds its session in the events and its ranks in the journal, and goes on.
+the step's path. One that restarts finds its session in the events, its members in the journal, and goes on.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
+import queue
 import threading
 import time
 from typing import Any
@@ -17,17 +17,28 @@ import ray
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.evidence import Evidence
-from actors.hands import Hands, nodes_now, sweep
+from actors.hands import Hands, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
+from actors.recruiter import Recruiter
+from actors.regrouping import Regrouping
 from actors.wishes import Wishes
 from concertina.elastic.channel.server import ChannelServer
-from concertina.elastic.messages import Control, Finished, RankError, Started, decode, encode
-from concertina.elastic.placement import Shortage, place
+from concertina.elastic.losses import Loss, Reason
+from concertina.elastic.messages import (
+    Control,
+    Finished,
+    Formed,
+    Halted,
+    Message,
+    Prepared,
+    RankError,
+    decode,
+    encode,
+)
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
-from concertina.parallel.groups import make_store
 from concertina.state.manifest import discard_after
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_sink import MlflowSink
@@ -40,8 +51,8 @@ log = logging.getLogger("concertina.coordinator")
 
 LEASE_EVERY_S = 5.0  # a tenth of what agents grant
 STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
-TURN_S, TURN_WITHOUT_ROOM_S = 0.5, 1.0  # news of ranks wakes it at once; turns cost the ranks processor time
-_NEWS = (Started, Finished, RankError)  # the others are written down, and nothing follows from them
+TURN_S = 0.25  # news of members wakes it at once; turns cost the ranks processor time
+_FOR_REGROUPING = (Prepared, Formed, Halted)
 
 
 class Conductor:
@@ -50,31 +61,31 @@ class Conductor:
     def __init__(self, plan: RunPlan, wishes: Wishes) -> None:
         """Raises Busy when somebody else runs this run."""
         self.plan, self.wishes = plan, wishes
-        self.waiting = ""
         folder = RunFolder(plan.folder)
         self.events = EventLog(folder.events_file, plan.run_id)
         self.journal = Journal.open(folder.journal_file, plan.session)
         past = read_last_session(folder.events_file)
         self.restarted = past.session == plan.session
-        again = self.restarted and not self.journal.pids and not past.state.is_end
-        generation = max(plan.generation, past.generation if self.restarted else 0) + (1 if again else 0)
         if not self.restarted:
             discard_after(plan.checkpoints, plan.resume_step)
             folder.write_job(plan.job)  # a resume may change it, once it is sure that there is one
             self._record_start()
-        self.book = Book(self.events, plan.checkpoints, plan.layout.world, generation, plan.job.checkpoint.keep)
-        self.journal.write(self.journal.pids, self.journal.nodes)
-        self.address = ray.util.get_node_ip_address()
-        self.server = ChannelServer(self.address, plan.token, generation, self._heard, self._lost)
-        self.hands = Hands(plan, generation, self.server.address)
-        self.evidence = Evidence(self.book, self.hands, self.server)
-        self.sink = MlflowSink(folder, *store_of(folder)).start()
-        threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
+        self.book = Book(self.events, plan.checkpoints, plan.job.checkpoint.keep)
+        self.journal.write()
+        self._news: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._broken: BaseException | None = None
+        self.address = ray.util.get_node_ip_address()
+        self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
+        self.hands = Hands(plan, self.server.address, self.journal.next_member)
+        self.recruiter = Recruiter(plan, self.hands)
+        self.evidence = Evidence(self.hands, self.server)
+        self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.address)
+        self.sink = MlflowSink(folder, *store_of(folder)).start()
+        threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._turned = self._renewed = time.monotonic()
-        self._asked_to_stop = False
-        self._store: Any = None
+        self._short_since: float | None = None
+        self._said, self._said_s = "", 0.0
 
     def _record_start(self) -> None:
         plan = self.plan
@@ -82,22 +93,34 @@ class Conductor:
         data = {"world": plan.layout.world, "layout": plan.layout.degrees, "resumed_from_step": resumed}
         self.events.append(EventType.START, {**data, "session": plan.session}, generation=plan.generation)
 
+    @property
+    def waiting(self) -> str:
+        """What the run waits for, if it does."""
+        if self.book.state is not RunState.WAITING_FOR_CAPACITY:
+            return ""
+        shortage = self.regrouping.generations.shortage
+        return "; ".join(text for text in (shortage.reason if shortage else "", self.recruiter.waiting) if text)
+
     # -- callbacks of the channel's thread --------------------------------------------------------------------------
 
-    def _heard(self, rank: int, document: dict[str, Any]) -> None:
+    def _heard(self, member: int, document: dict[str, Any]) -> None:
         try:
             message = decode(document)
-            self.book.record(message)
+            if isinstance(message, _FOR_REGROUPING):
+                self._news.put(message)
+            else:
+                self.book.record(message)
+                self.server.recorded = self.book.recorded
         except Exception as error:
-            log.exception("what rank %d said cannot be recorded", rank)
+            log.exception("what member %d said cannot be recorded", member)
             self._broken = error
             self._wake.set()
             raise  # not acknowledged, and the channel ends
-        if isinstance(message, _NEWS):
+        if isinstance(message, (*_FOR_REGROUPING, Finished, RankError)):
             self._wake.set()
 
-    def _lost(self, rank: int, evidence: str) -> None:
-        log.info("the connection of rank %d broke: %s", rank, evidence)
+    def _lost(self, member: int, evidence: str) -> None:
+        log.info("the connection of member %d broke: %s", member, evidence)
         self._wake.set()
 
     # -- the one thread -----------------------------------------------------------------------------------------------
@@ -106,33 +129,71 @@ class Conductor:
         """To the session's end. Raises CapacityError, RankFailure, and what recording raises."""
         if self.book.state.is_end:
             return  # an earlier coordinator came as far as that
-        if self.journal.pids:
+        self.recruiter.ask()
+        if self.restarted:
             self._reattach()
-        else:
-            self._begin()
         while not self.book.state.is_end:
-            self._turn(TURN_S)
+            self._turn()
 
-    def _turn(self, bound_s: float) -> None:
-        """Wait for news, at most so long, and look at everything."""
-        self._wake.wait(bound_s)
+    def _turn(self) -> None:
+        """Wait for news, at most a turn, and look at everything."""
+        self._wake.wait(self.regrouping.turn_s(TURN_S))
         self._wake.clear()
         if self._broken is not None:
             raise self._broken
         now = time.monotonic()
+        late_s, self._turned = now - self._turned, now
         if now - self._renewed > LEASE_EVERY_S:
             self._renewed = now
             self.hands.renew_leases()
-        late_s, self._turned = now - self._turned, now
-        if late_s > BOUNDS["silence"].seconds + bound_s:
+        if late_s > BOUNDS["silence"].seconds:
             self.wishes.forgive()  # this process stood still itself: let it hear before it judges
+            self.evidence.forgive()
+            return
+        self._hear_news()
+        self._judge()
+        if self.book.state.is_end:
             return
         self._obey()
-        if self.book.state is RunState.TRAINING and not self.journal.pids:
-            self._write_journal()
-        blame = None if self.book.state.is_end else self.evidence.look()
-        if blame is not None:
-            raise RankFailure(str(blame), rank=blame.rank, reason=blame.reason, traceback=blame.traceback)
+        self._recruit()
+        if not self.book.state.is_end:
+            self.regrouping.look()
+            self._look_at_shortage()
+
+    def _hear_news(self) -> None:
+        while not self._news.empty():
+            self.regrouping.hear(self._news.get())
+
+    def _judge(self) -> None:
+        """Fail for what no other member could do better; go on without the members that are lost."""
+        own = [error for error in self.book.errors if not error.hardware]
+        if own:
+            first = own[0]
+            reason = Reason.USER_ERROR if first.exit_code == 2 else Reason.RAISED
+            text = f"rank {first.rank} raised {first.kind_of_error}: {first.message}"
+            raise RankFailure(text, rank=first.rank, reason=reason.value, traceback=first.traceback)
+        losses = self.evidence.look(self.regrouping.complaining) + self.regrouping.late(self.hands.members)
+        known = {loss.member for loss in losses}
+        for error in self.book.errors:
+            if error.rank in self.hands.members and error.rank not in known:
+                node = self.hands.members[error.rank].node_id
+                losses.append(Loss(error.rank, node, Reason.HARDWARE, error.message))
+        for loss in losses:
+            if loss.reason.ends_the_run:
+                raise RankFailure(f"rank {loss.member} {loss.text}", rank=loss.member, reason=loss.reason.value)
+        if losses:
+            self._lose(losses)
+
+    def _lose(self, losses: list[Loss]) -> None:
+        for loss in losses:
+            log.warning("%s is lost", loss)
+            self.server.expel(loss.member)
+            self.recruiter.blame(loss)
+        self.regrouping.lose(losses)  # who is left is told before anything is tidied up
+        for loss in losses:
+            self.hands.lose(loss.member)
+            if loss.reason is Reason.NODE:
+                self.hands.lose_node(loss.node)
 
     def _obey(self) -> None:
         """Stop if somebody wants it, or if nobody watches any more."""
@@ -142,72 +203,54 @@ class Conductor:
         if self.wishes.now:
             self.book.state = RunState.CHECKPOINTING
             self.book.move(RunEvent.LEFT, f"{reason}, without a checkpoint")
-        elif not self._asked_to_stop:
-            self._asked_to_stop = True
+        elif not self.regrouping.asked_to_stop:
             self.book.stop_reason = reason
             self.book.move(RunEvent.STOP_ASKED, reason)
-            self.server.send(0, encode(Control(stop=True)))
+            self.regrouping.stop()
 
-    def _begin(self) -> None:
-        if self.restarted:
-            log.warning("restarted before the ranks had formed: from the start")
-            self.book.state = RunState.WAITING_FOR_CAPACITY
-            sweep(self.plan.namespace)
-        self._find_room()
-        self.book.move(RunEvent.CAPACITY)
-        bound = BOUNDS["rank_start"]
-        until = time.monotonic() + bound.seconds
-        while not self.book.state.is_end and (unborn := self.hands.unborn()):
-            if time.monotonic() > until:
-                raise RankFailure(f"ranks {unborn} did not start within {bound.seconds:.0f} s", rank=unborn[0])
-            self._turn(TURN_S)
-        if not self.book.state.is_end:
-            self._start_ranks()
+    def _recruit(self) -> None:
+        if not self.regrouping.asked_to_stop and not self.book.finished:
+            self.recruiter.look()
+        for member in self.hands.born():
+            self.journal.pids[member.number], self.journal.nodes[member.number] = member.pid, member.node_id
+            self.journal.next_member = self.hands.next_member
+            self.journal.write()
+            self.regrouping.arrive(member.number, member.node_id)
+            self.book.move(RunEvent.CAPACITY)
+        self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
 
-    def _find_room(self) -> None:
-        """Until the ranks have been placed or the run has been stopped. Raises CapacityError after the job's bound."""
-        cluster = self.plan.job.cluster
-        gpus = 1.0 if self.plan.device == "cuda" else 0.0
-        told = time.monotonic()
-        until = told + cluster.capacity_timeout_s
-        while not self.book.state.is_end:
-            found = place(nodes_now(), cluster.num_workers, cluster.cpus_per_worker, gpus)
-            if not isinstance(found, Shortage) and self.hands.take(found, cluster.cpus_per_worker, gpus):
-                self.waiting = ""
-                return
-            waiting = str(found) if isinstance(found, Shortage) else "somebody else took the room; trying again"
-            now = time.monotonic()
-            if waiting != self.waiting or now - told > STILL_WAITING_S:
-                self.waiting, told = waiting, now
-                self.book.event(EventType.STATE, state=self.book.state.value, reason=waiting)
-            if now > until:
-                raise CapacityError(f"gave up after {cluster.capacity_timeout_s:.0f} s {waiting}")
-            self._turn(TURN_WITHOUT_ROOM_S)
+    def _look_at_shortage(self) -> None:
+        """Say what is waited for, and give up after the job's bound."""
+        now = time.monotonic()
+        if self.book.state is not RunState.WAITING_FOR_CAPACITY:
+            self._short_since = None
+            return
+        self._short_since = now if self._short_since is None else self._short_since
+        waiting = self.waiting
+        if waiting and (waiting != self._said or now - self._said_s > STILL_WAITING_S):
+            self._said, self._said_s = waiting, now
+            self.book.event(EventType.STATE, state=self.book.state.value, reason=waiting)
+        bound_s = self.plan.job.cluster.capacity_timeout_s
+        if waiting and now - self._short_since > bound_s:
+            raise CapacityError(f"gave up after {bound_s:.0f} s {waiting}")
 
-    def _start_ranks(self) -> None:
-        self.hands.renew_leases()
-        listener = socket.create_server((self.address, 0), backlog=1024)
-        store = (self.address, listener.getsockname()[1])
-        self._store = make_store(self.address, listener.detach(), BOUNDS["collective"].timedelta)
-        for member in self.hands.members.values():
-            member.actor.train.remote(store)
-
-    def _write_journal(self) -> None:
-        """Where the ranks are, once they train: before that a restart begins anew."""
-        members = self.hands.members
-        self.journal.write({m.rank: m.pid for m in members.values()}, {m.rank: m.node_id for m in members.values()})
+    # -- a coordinator that restarts ------------------------------------------------------------------------------------
 
     def _reattach(self) -> None:
-        """Find the ranks of this session again, by name, and tell them where the channel is now."""
-        log.warning("restarted: re-attaching to %d ranks", len(self.journal.pids))
+        """Find the members of this session again, by name, and tell them where the channel is now."""
+        members = dict(self.journal.pids)
+        log.warning("restarted: re-attaching to %d members", len(members))
         state, reason = self.book.state.value, "the coordinator restarted"
         self.book.event(EventType.STATE, self.book.step, state=state, reason=reason)
-        self.hands.adopt(self.journal.pids, self.journal.nodes)
+        if not members:
+            self.book.state = RunState.WAITING_FOR_CAPACITY
+            sweep(self.plan.namespace)
+            return
+        answers = self.hands.adopt(members, self.journal.nodes)
+        ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=BOUNDS["ask_ray"].seconds)
+        at_work = {member: ray.get(answer) for member, answer in answers.items() if answer in ready}
         self.hands.renew_leases()
-        self.book.started = set(range(self.plan.layout.world))
-        for rank in self.journal.pids:
-            if rank not in self.hands.members:
-                self.book.lost[rank] = "its process was gone when the coordinator restarted"
+        self.regrouping.reattach({m: member.node_id for m, member in self.hands.members.items()}, at_work)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +262,8 @@ class Conductor:
 
     def end(self) -> None:
         """Give everything back. One thing that fails keeps none of the others."""
-        for give_back in (self._release, self.server.close, self._close_tracking, self.events.close):
+        give_backs = (self.recruiter.withdraw, self._release, self.server.close, self._close_tracking, self.events.close)
+        for give_back in give_backs:
             try:
                 give_back()
             except Exception:

@@ -1,7 +1,8 @@
-"""Something is wrong with a rank: is it dead, frozen or only slow, and which one broke the run?
+"""Something is wrong with a member: is it gone, frozen, cut off, or only slow?
 
-Proof comes from Ray (a process has ended) and from agents (a process stands still). Silence alone counts after a long
-bound; a connection that broke may be made again.
+Proof comes from Ray (a process has ended) and from agents (a process stands still). A broken connection counts at once
+when peers complain, and after a while when they do not: it may be made again. Silence counts when the world makes no
+step meanwhile: a member that is only slow is waited for by peers that go on.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import logging
 import time
 
-from actors.book import Book
-from actors.hands import Hands, Member
-from concertina.elastic.blame import FROZE, Blame
+from actors.hands import Hands
 from concertina.elastic.channel.server import ChannelServer, Silence
+from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.waits import BOUNDS
 
 __all__ = ["Evidence"]
@@ -21,47 +21,53 @@ log = logging.getLogger("concertina.coordinator")
 
 
 class Evidence:
-    """Looks at every rank each turn; names who is to blame once that can be known."""
+    """Looks at every member each turn, and says which are lost."""
 
-    def __init__(self, book: Book, hands: Hands, server: ChannelServer) -> None:
-        self.book, self.hands, self.server = book, hands, server
+    def __init__(self, hands: Hands, server: ChannelServer) -> None:
+        self.hands, self.server = hands, server
         self._away: dict[int, float] = {}
-        self._since: float | None = None
+        self._step, self._stepped = -1, time.monotonic()
 
-    def look(self) -> Blame | None:
-        """The root cause, when its evidence is in: the rank to blame is seldom the first one heard of."""
-        for rank, why in self.hands.gone().items():
-            self._lose(rank, why)
+    def forgive(self) -> None:
+        """This process stood still itself: others' silence meanwhile says nothing."""
+        self._away.clear()
+        self._stepped = time.monotonic()
+
+    def look(self, complaining: bool) -> list[Loss]:
+        """Members that are lost, by what is known now. `complaining`: some have lost the network to their peers."""
+        losses = [self._loss(member, reason, why) for member, (reason, why) in self.hands.gone().items()]
+        found = {loss.member for loss in losses}
         silences = self.server.silences()
-        for member in self.hands.members.values():
-            if member.pid and member.rank not in self.book.finished and member.rank not in self.book.lost:
-                self._listen(member, silences.get(member.rank))
-        return self._judge()
+        self._see_progress(silences)
+        for member in list(self.hands.members.values()):
+            if member.pid and member.number not in found:
+                loss = self._listen(member.number, silences.get(member.number), complaining)
+                losses += [] if loss is None else [loss]
+        return losses
 
-    def _listen(self, member: Member, silence: Silence | None) -> None:
-        busy_s = BOUNDS["silence_busy"].seconds
+    def _see_progress(self, silences: dict[int, Silence]) -> None:
+        """Remember when any member was last seen to come to another step."""
+        step = max((silence.step for silence in silences.values()), default=-1)
+        if step != self._step:
+            self._step, self._stepped = step, time.monotonic()
+
+    def _listen(self, member: int, silence: Silence | None, complaining: bool) -> Loss | None:
+        now = time.monotonic()
         if silence is None:
-            away_s = time.monotonic() - self._away.setdefault(member.rank, time.monotonic())
-            if away_s > busy_s:
-                self._lose(member.rank, f"not connected for {away_s:.0f} s")
-            return
-        self._away.pop(member.rank, None)
+            away_s = now - self._away.setdefault(member, now)
+            bound = BOUNDS["cut_off" if complaining else "cut_off_alone"]
+            return self._loss(member, Reason.DISCONNECTED, "its connection broke") if away_s > bound.seconds else None
+        self._away.pop(member, None)
         where = f"at step {silence.step}, {silence.phase}"
-        if silence.seconds > BOUNDS["silence"].seconds and self.hands.is_stopped(member):
-            self._lose(member.rank, f"{FROZE}: its process {member.pid} is stopped, {where}")
-        elif silence.seconds > busy_s:
-            self._lose(member.rank, f"{FROZE}: silent for {silence.seconds:.0f} s, {where}")
-
-    def _lose(self, rank: int, why: str) -> None:
-        if rank not in self.book.finished and rank not in self.book.lost:
-            log.warning("rank %d is lost: %s", rank, why)
-            self.book.lost[rank] = why
-
-    def _judge(self) -> Blame | None:
-        blame, now = self.book.blame(), time.monotonic()
-        if blame is None:
-            self._since = None
+        if silence.seconds <= BOUNDS["silence"].seconds / 2:
             return None
-        self._since = now if self._since is None else self._since
-        patience = "evidence_of_others" if blame.reason == "lost" else "evidence"
-        return blame if now - self._since > BOUNDS[patience].seconds else None
+        if self.hands.is_stopped(member):
+            return self._loss(member, Reason.FROZEN, f"its process is stopped, {where}")
+        still_s = min(silence.seconds, now - self._stepped)
+        bound = BOUNDS["silence" if silence.phase == "step" else "silence_busy"]
+        if still_s > bound.seconds:
+            return self._loss(member, Reason.FROZEN, f"silent for {silence.seconds:.1f} s, {where}")
+        return None
+
+    def _loss(self, member: int, reason: Reason, text: str) -> Loss:
+        return Loss(member, self.hands.members[member].node_id, reason, text)

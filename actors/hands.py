@@ -1,6 +1,7 @@
-"""How does the coordinator get its ranks from Ray and give them back? Placement groups, actors, and their end.
+"""How does the coordinator get its members from Ray and give them back? Reservations, actors, and their end.
 
-One placement group a node, detached and named, as are all actors: what a plain call makes dies with its caller.
+One placement group a node and reservation, detached and named, as are all actors: what a plain call makes dies with its
+caller. Nothing here waits: reservations and births are looked at each turn.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +28,8 @@ from actors.agent import NodeAgent
 from actors.assignment import Assignment, RunPlan
 from actors.coordinator import COORDINATOR
 from actors.rank import Rank
-from concertina.elastic.blame import KILLED_FOR_MEMORY
-from concertina.elastic.placement import NodeCapacity, Placement
+from concertina.elastic.losses import Reason
+from concertina.elastic.placement import NodeCapacity
 from concertina.elastic.waits import BOUNDS
 
 __all__ = ["Hands", "Member", "nodes_now", "sweep"]
@@ -37,15 +39,16 @@ log = logging.getLogger("concertina.coordinator")
 
 @dataclass
 class Member:
-    """A rank as the coordinator holds it. `facts` and `end` are calls under way: the one answers once the rank's
-    process is there, the other breaks when it is gone."""
+    """A member as the coordinator holds it. `facts` and `end` are calls under way: the one answers once its process
+    could take a seat, the other breaks when it is gone."""
 
-    rank: int
+    number: int
     node_id: str
     actor: Any
     pid: int = 0
     facts: Any = None
     end: Any = None
+    born_s: float = field(default_factory=time.monotonic)
 
     def call(self) -> Member:
         self.facts, self.end = self.actor.describe.remote(), self.actor.until_end.remote()
@@ -53,139 +56,217 @@ class Member:
 
 
 @dataclass
+class Reservation:
+    """Room for `size` members on one node; `held` are those in it by bundle."""
+
+    name: str
+    node_id: str
+    group: PlacementGroup
+    size: int
+    ready: Any
+    held: dict[int, int] = field(default_factory=dict)
+    since_s: float = field(default_factory=time.monotonic)
+    is_ready: bool = False
+
+    @property
+    def free(self) -> list[int]:
+        return [index for index in range(self.size) if index not in self.held]
+
+
 class Hands:
     """Everything of a run that lives in Ray besides its coordinator, which listens on `channel`."""
 
-    plan: RunPlan
-    generation: int
-    channel: tuple[str, int]
-    members: dict[int, Member] = field(default_factory=dict)
-    agents: dict[str, Any] = field(default_factory=dict)
-    groups: list[PlacementGroup] = field(default_factory=list)
+    def __init__(self, plan: RunPlan, channel: tuple[str, int], next_member: int) -> None:
+        self.plan, self.channel = plan, channel
+        self.next_member = next_member
+        self.members: dict[int, Member] = {}
+        self.agents: dict[str, Any] = {}
+        self.reservations: list[Reservation] = []
+        cluster = plan.job.cluster
+        self.bundle = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if plan.device == "cuda" else {})}
+        self._serial = next_member  # names of reservations, never given twice
 
-    def take(self, placement: Placement, cpus: float, gpus: float) -> bool:
-        """Reserve the nodes and make the actors; False when somebody else was faster (nothing is kept then)."""
-        for node, ranks in placement.ranks():
-            bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-            group = placement_group(
-                [bundle] * len(ranks),
-                strategy="STRICT_PACK",
-                name=self._reservation(node.node_id),
-                lifetime="detached",
-                _soft_target_node_id=node.node_id,
-            )
-            self.groups.append(group)
-            if not group.wait(BOUNDS["placement_group"].seconds):
-                self.give_back()
-                return False
-            self._start_node(node, ranks, group, bundle)
-        return True
+    # -- room ---------------------------------------------------------------------------------------------------------
 
-    def _start_node(
-        self, node: NodeCapacity, ranks: list[int], group: PlacementGroup, bundle: dict[str, float]
-    ) -> None:
-        common = {"namespace": self.plan.namespace, "lifetime": "detached", "max_restarts": 0}
-        beside = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        agent = ray.remote(NodeAgent).options(
-            name=self._agent(node.node_id), num_cpus=0, max_concurrency=4, scheduling_strategy=beside, **common
+    @property
+    def room(self) -> int:
+        """Members there are or will be, once every reservation stands."""
+        return sum(reservation.size for reservation in self.reservations)
+
+    def reserve(self, node: NodeCapacity, count: int) -> None:
+        """Ask for room for `count` more members on a node."""
+        self._serial += 1
+        name = f"{self.plan.namespace}-{self.plan.session}-{self._serial}"
+        group = placement_group(
+            [self.bundle] * count,
+            strategy="STRICT_PACK",
+            name=name,
+            lifetime="detached",
+            _soft_target_node_id=node.node_id,
         )
-        self.agents[node.node_id] = agent.remote(self._reservation(node.node_id))
-        for index, rank in enumerate(ranks):
-            actor = ray.remote(Rank).options(
-                name=self._rank(rank),
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                max_concurrency=16,  # `until_end` of every coordinator there was, and the short ones
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-                **common,
-            )
-            handle = actor.remote(Assignment(self.plan, self.generation, rank, self.channel))
-            self.members[rank] = Member(rank, node.node_id, handle).call()
+        self.reservations.append(Reservation(name, node.node_id, group, count, group.ready()))
 
-    def adopt(self, pids: dict[int, int], nodes: dict[int, str]) -> None:
-        """Take over what an earlier coordinator of this session made, and tell it the new channel. Ranks that are gone
-        are left out."""
-        namespace = self.plan.namespace
-        for rank, pid in pids.items():
+    def settle(self) -> None:
+        """Look which reservations stand; give up those that somebody else was faster for."""
+        for reservation in [r for r in self.reservations if not r.is_ready]:
+            if _ready([reservation.ready]):
+                reservation.is_ready = True
+                self._start_agent(reservation.node_id)
+            elif time.monotonic() - reservation.since_s > BOUNDS["placement_group"].seconds:
+                self.release(reservation)
+
+    def release(self, reservation: Reservation) -> None:
+        """Give room back. Members in it end."""
+        self.reservations.remove(reservation)
+        remove_placement_group(reservation.group)
+
+    def fill(self, barred: set[str]) -> None:
+        """Start a member wherever there is room and none, but on `barred` nodes."""
+        for reservation in self.reservations:
+            if reservation.is_ready and reservation.node_id not in barred:
+                for bundle in reservation.free:
+                    self._start_member(reservation, bundle)
+
+    def _start_agent(self, node_id: str) -> None:
+        if node_id in self.agents:
+            return
+        common = {"namespace": self.plan.namespace, "lifetime": "detached", "max_restarts": 0}
+        beside = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        agent = ray.remote(NodeAgent).options(
+            name=self._agent(node_id), num_cpus=0, max_concurrency=4, scheduling_strategy=beside, **common
+        )
+        self.agents[node_id] = agent.remote()
+
+    def _start_member(self, reservation: Reservation, bundle: int) -> None:
+        number = self.next_member
+        self.next_member += 1
+        reservation.held[bundle] = number
+        actor = ray.remote(Rank).options(
+            name=self._member(number),
+            namespace=self.plan.namespace,
+            lifetime="detached",
+            max_restarts=0,
+            num_cpus=self.bundle["CPU"],
+            num_gpus=self.bundle.get("GPU", 0),
+            max_concurrency=16,  # `until_end` of every coordinator there was, and the short ones
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                reservation.group, placement_group_bundle_index=bundle
+            ),
+        )
+        handle = actor.remote(Assignment(self.plan, number, self.channel))
+        self.members[number] = Member(number, reservation.node_id, handle).call()
+
+    def adopt(self, pids: dict[int, int], nodes: dict[int, str]) -> dict[int, Any]:
+        """Take over what an earlier coordinator of this session made, and tell it the new channel. Members that are
+        gone are left out; of the others the answers of `reattach`, which are under way."""
+        answers = {}
+        for number, pid in pids.items():
             try:
-                actor = ray.get_actor(self._rank(rank), namespace)
+                actor = ray.get_actor(self._member(number), self.plan.namespace)
             except ValueError:
                 continue
-            self.members[rank] = Member(rank, nodes[rank], actor, pid).call()
-            actor.reattach.remote(self.channel)
+            self.members[number] = Member(number, nodes[number], actor, pid).call()
+            answers[number] = actor.reattach.remote(self.channel)
         for node_id in sorted(set(nodes.values())):
             try:
-                self.agents[node_id] = ray.get_actor(self._agent(node_id), namespace)
-                self.groups.append(get_placement_group(self._reservation(node_id)))
+                self.agents[node_id] = ray.get_actor(self._agent(node_id), self.plan.namespace)
             except ValueError:
                 continue
+        self._adopt_reservations(nodes)
+        return answers
 
-    def _rank(self, rank: int) -> str:
-        return f"rank-generation{self.generation}-{rank}"
+    def _adopt_reservations(self, nodes: dict[int, str]) -> None:
+        """Those there are by name. Which member is in which bundle is forgotten: none of them is free."""
+        for table in placement_group_table().values():
+            if table["name"].startswith(f"{self.plan.namespace}-{self.plan.session}-") and table["state"] == "CREATED":
+                node_id = next(iter(table["bundles_to_node_id"].values()))
+                size = len(table["bundles"])
+                group = get_placement_group(table["name"])
+                found = Reservation(table["name"], node_id, group, size, None, is_ready=True)
+                inside = [m for m, node in nodes.items() if node == node_id and m in self.members]
+                found.held = {index: inside[index] if index < len(inside) else -1 for index in range(size)}
+                self.reservations.append(found)
+
+    def _member(self, number: int) -> str:
+        return f"member-{self.plan.session}-{number}"
 
     def _agent(self, node_id: str) -> str:
-        return f"agent-generation{self.generation}-{node_id[:8]}"
+        return f"agent-{self.plan.session}-{node_id[:8]}"
 
-    def _reservation(self, node_id: str) -> str:
-        return f"{self.plan.namespace}-generation{self.generation}-{node_id[:8]}"
+    # -- what is known of the members, without waiting ----------------------------------------------------------------
 
-    # -- what is known of the ranks, without waiting ------------------------------------------------------------------
-
-    def unborn(self) -> list[int]:
-        """Ranks that have not said yet where they are. Learns the pids of those that have."""
+    def born(self) -> list[Member]:
+        """Members that have just said where they are."""
         waiting = {member.facts: member for member in self.members.values() if not member.pid}
+        found = []
         for answer in _ready(list(waiting)):
             try:
                 waiting[answer].pid = ray.get(answer)["pid"]
+                found.append(waiting[answer])
             except RayActorError as error:
                 log.debug("`gone` tells it: %s", error)
-        return sorted(member.rank for member in waiting.values() if not member.pid)
+        return found
 
-    def gone(self) -> dict[int, str]:
-        """Ranks whose process has ended, and what Ray knows of it."""
+    def gone(self) -> dict[int, tuple[Reason, str]]:
+        """Members whose process has ended, and what Ray knows of it."""
         found = {}
         calls = {member.end: member for member in self.members.values()}
         for call in _ready(list(calls)):
             member = calls[call]
             try:
                 ray.get(call)
-            except ActorUnavailableError:  # the way to it, not the rank
+            except ActorUnavailableError:  # the way to it, not the member
                 member.end = member.actor.until_end.remote()
             except RayActorError as error:
-                found[member.rank] = _cause(str(error))
+                found[member.number] = _cause(str(error))
         return found
 
-    def is_stopped(self, member: Member) -> bool:
-        """Whether its node's agent sees the rank's process stand still; False when nobody can say."""
+    def is_stopped(self, number: int) -> bool:
+        """Whether its node's agent sees the member's process stand still; False when nobody can say."""
+        member = self.members[number]
         try:
             answer = self.agents[member.node_id].stopped.remote(member.pid)
-            return bool(ray.get(answer, timeout=BOUNDS["ask_ray"].seconds))
+            return bool(ray.get(answer, timeout=BOUNDS["ask_agent"].seconds))
         except (KeyError, RayActorError, GetTimeoutError):
             return False
 
     def renew_leases(self) -> None:
         """Tell every agent that the coordinator lives. Does not wait."""
         for node_id, agent in self.agents.items():
-            agent.renew.remote(self._pids(node_id), socket.gethostname(), os.getpid())
+            names = [reservation.name for reservation in self.reservations if reservation.node_id == node_id]
+            agent.renew.remote(self._pids(node_id), names, socket.gethostname(), os.getpid())
 
     def _pids(self, node_id: str) -> list[int]:
         return [m.pid for m in self.members.values() if m.node_id == node_id and m.pid]
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
+    def lose(self, number: int) -> None:
+        """Give a member up: end its process, also one that hangs, once its node answers. Its room stays."""
+        member = self.members.pop(number)
+        if member.node_id in self.agents and member.pid:
+            self.agents[member.node_id].end.remote([member.pid])
+        ray.kill(member.actor, no_restart=True)
+        for reservation in self.reservations:
+            reservation.held = {index: held for index, held in reservation.held.items() if held != number}
+
+    def lose_node(self, node_id: str) -> None:
+        """A node has died: its room and its agent are gone as well."""
+        self.agents.pop(node_id, None)
+        for reservation in [r for r in self.reservations if r.node_id == node_id]:
+            self.release(reservation)
+
     def give_back(self) -> None:
-        """End ranks, agents and placement groups. What is gone already is passed over."""
+        """End members, agents and placement groups. What is gone already is passed over."""
         # Agents first: they kill at once what stands still, Ray takes 5 s over it.
         endings = [agent.end.remote(self._pids(node_id)) for node_id, agent in self.agents.items()]
         if endings:
             ray.wait(endings, num_returns=len(endings), timeout=BOUNDS["ask_ray"].seconds)
-        for member in self.members.values():
-            ray.kill(member.actor, no_restart=True)
-        for agent in self.agents.values():
-            ray.kill(agent, no_restart=True)
-        for group in self.groups:
-            remove_placement_group(group)
-        self.members, self.agents, self.groups = {}, {}, []
+        for handle in [*(member.actor for member in self.members.values()), *self.agents.values()]:
+            ray.kill(handle, no_restart=True)
+        for reservation in list(self.reservations):
+            self.release(reservation)
+        self.members, self.agents = {}, {}
 
 
 def sweep(namespace: str) -> None:
@@ -225,14 +306,16 @@ def _ready(calls: list[Any]) -> list[Any]:
     return ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
 
 
-def _cause(text: str) -> str:
+def _cause(text: str) -> tuple[Reason, str]:
     """The telling part of Ray's page about a dead actor."""
     for mark in ("out of memory", "memory pressure"):
         if mark in text.lower():
-            return KILLED_FOR_MEMORY
+            return Reason.OUT_OF_MEMORY, "killed for memory"
     if "creation task" in text:
-        return f"its process could not begin: {text.strip().splitlines()[-1]}"
+        return Reason.RAISED, f"its process could not begin: {text.strip().splitlines()[-1]}"
+    if "node" in text.lower() and "died" in text.lower() and "unexpected" not in text.lower():
+        return Reason.NODE, "its node died"
     for line in text.splitlines():
         if "exit detail" in line.lower() or "SIGKILL" in line:
-            return "its process was killed (SIGKILL, out of memory, or a crash)"
-    return text.splitlines()[0] if text else "its process ended"
+            return Reason.KILLED, "its process was killed (SIGKILL, out of memory, or a crash)"
+    return Reason.KILLED, text.splitlines()[0] if text else "its process ended"

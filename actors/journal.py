@@ -1,4 +1,5 @@
-"""What must a restarted coordinator know? Which session it ran and which ranks it had, in a file beside the events."""
+"""What must a restarted coordinator know? Which session it ran, its members, and the generations that may hold the
+state, in a file beside the events."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from concertina.layout import Seating
 from concertina.track.run import write_atomically
 
 __all__ = ["Journal"]
@@ -14,13 +17,15 @@ __all__ = ["Journal"]
 
 @dataclass
 class Journal:
-    """The ranks of a session: pids and node ids by rank. Empty until they have been placed."""
+    """Pids and node ids by member, and seatings by generation. Empty until there are members."""
 
     path: Path
     session: str
     pids: dict[int, int] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)
-    is_restart: bool = False
+    seatings: dict[int, Seating] = field(default_factory=dict)
+    last_generation: int = -1
+    next_member: int = 0
 
     @classmethod
     def open(cls, path: Path, session: str) -> Journal:
@@ -29,16 +34,29 @@ class Journal:
             document = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             document = {}
-        if document.get("session") == session:
-            pids = {int(rank): pid for rank, pid in document["pids"].items()}
-            nodes = {int(rank): node for rank, node in document["nodes"].items()}
-            return cls(path, session, pids, nodes, is_restart=True)
-        return cls(path, session)
+        if document.get("session") != session:
+            return cls(path, session)
+        return cls(
+            path,
+            session,
+            {int(member): pid for member, pid in document["pids"].items()},
+            {int(member): node for member, node in document["nodes"].items()},
+            {int(number): Seating.from_json(seating) for number, seating in document["seatings"].items()},
+            document["last_generation"],
+            document["next_member"],
+        )
 
-    def write(self, pids: dict[int, int], nodes: dict[int, str]) -> None:
-        """Record where the ranks are, before any of them trains."""
-        self.pids, self.nodes = pids, nodes
-        document = {"session": self.session, "coordinator_pid": os.getpid(), "pids": pids, "nodes": nodes}
+    def write(self) -> None:
+        """Durable before it returns."""
+        document: dict[str, Any] = {
+            "session": self.session,
+            "coordinator_pid": os.getpid(),
+            "pids": self.pids,
+            "nodes": self.nodes,
+            "seatings": {number: seating.to_json() for number, seating in self.seatings.items()},
+            "last_generation": self.last_generation,
+            "next_member": self.next_member,
+        }
         write_atomically(self.path, json.dumps(document))
 
     def remove(self) -> None:

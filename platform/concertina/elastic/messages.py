@@ -1,6 +1,7 @@
 """What ranks and the coordinator say to each other: frozen values that travel as JSON lines.
 
-Rank to coordinator: everything but `Control`. A message a reader does not know is an error of ours, not of a user.
+Members say, the coordinator orders (`Control`, `Halt`, `Prepare`, `Move`). A message a reader does not know is an error
+of ours, not of a user. What a generation, a step and a seating are: docs/elastic.md.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ __all__ = [
     "Control",
     "Evaluated",
     "Finished",
+    "Formed",
+    "Halt",
+    "Halted",
     "Message",
+    "Move",
     "PartWritten",
+    "Prepare",
+    "Prepared",
     "RankError",
     "RolledBack",
-    "Started",
     "decode",
     "encode",
 ]
@@ -36,12 +42,46 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Started(Message):
-    """A rank has its groups and its state and begins after `step`."""
+class Prepared(Message):
+    """The groups of a coming generation are formed, and there is room for its share."""
 
-    rank: int
+    member: int
+    generation: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Formed(Message):
+    """A member has adopted its share of a generation, verified, and begins after `step`."""
+
+    member: int
+    generation: int
     step: int
     seconds: dict[str, float] = field(default_factory=dict)
+    moved_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Halted(Message):
+    """A member computes nothing, and says what it has.
+
+    `answers` is the newest HALT it has heard, -1 for none. `generation` is that of its state, -1 when it has none;
+    `verified` a later one whose state it has beside it, else -1. `step` is applied; `pending` may be completed with the
+    `totals` of another. `records` are metrics of steps that the coordinator may not have yet. `failure` is empty when
+    it stopped because it was asked to.
+    """
+
+    member: int
+    answers: int
+    generation: int
+    verified: int
+    step: int
+    pending: int | None
+    totals: list[float] | None
+    facts: dict[str, Any]
+    records: list[dict[str, Any]]
+    evaluated: int
+    failure: str
 
 
 @dataclass(frozen=True)
@@ -62,9 +102,10 @@ class Evaluated(Message):
 
 @dataclass(frozen=True)
 class PartWritten(Message):
-    """This rank's part of a checkpoint is on storage; `facts` goes into the manifest."""
+    """This rank's part of a generation's checkpoint is on storage; `facts` goes into the manifest."""
 
     rank: int
+    generation: int
     step: int
     facts: dict[str, Any]
 
@@ -110,10 +151,50 @@ class RankError(Message):
 
 @dataclass(frozen=True)
 class Control(Message):
-    """Coordinator to ranks: what the first rank puts on the next step's all-reduce."""
+    """Coordinator to the first rank: what it puts on the next step's all-reduce."""
 
     stop: bool = False
     checkpoint: bool = False
+    regroup: bool = False
+
+
+@dataclass(frozen=True)
+class Halt(Message):
+    """Coordinator to members: leave every generation before this one, at once, and say what you have."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Prepare(Message):
+    """Coordinator to members: form the groups of a generation, meeting at `store`, and make room. `seating` is JSON."""
+
+    generation: int
+    seating: dict[str, Any]
+    store: tuple[str, int]
+    fresh: bool = False
+    """Whether the weights begin with their start values."""
+
+
+@dataclass(frozen=True)
+class Move(Message):
+    """Coordinator to members: take your share of a generation and train.
+
+    The state is that of `source`, whose `seating` is JSON and of which only the `present` members are left, at `step`:
+    who is one behind completes it with `totals`. Without a source it comes from `checkpoint`, or is the beginning.
+    """
+
+    generation: int
+    source: int | None = None
+    seating: dict[str, Any] | None = None
+    present: list[int] = field(default_factory=list)
+    nodes: dict[str, str] = field(default_factory=dict)
+    step: int = 0
+    totals: list[float] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    evaluated: int = 0
+    saved: int = 0
 
 
 def encode(message: Message) -> dict[str, Any]:

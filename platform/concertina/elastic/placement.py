@@ -1,11 +1,12 @@
-"""Which node runs which ranks? A pure decision on what the nodes have free."""
+"""Which node runs which members? A pure decision on what the nodes have free."""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["NodeCapacity", "Placement", "Shortage", "place"]
+__all__ = ["NodeCapacity", "Shortage", "place", "shortage"]
 
 
 @dataclass(frozen=True)
@@ -20,24 +21,8 @@ class NodeCapacity:
     total_gpus: float
 
     def workers(self, cpus: float, gpus: float) -> int:
-        """Ranks that fit into what is free."""
+        """Members that fit into what is free."""
         return _fit(self.free_cpus, self.free_gpus, cpus, gpus)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Ranks by node, consecutive ranks together: `nodes[i]` runs ranks `first[i]` to `first[i] + count[i] - 1`."""
-
-    nodes: tuple[NodeCapacity, ...]
-    counts: tuple[int, ...]
-
-    def ranks(self) -> list[tuple[NodeCapacity, list[int]]]:
-        """Nodes with the ranks they run, in rank order."""
-        placed, first = [], 0
-        for node, count in zip(self.nodes, self.counts, strict=True):
-            placed.append((node, list(range(first, first + count))))
-            first += count
-        return placed
 
 
 @dataclass(frozen=True)
@@ -60,22 +45,31 @@ class Shortage:
         return text
 
 
-def place(nodes: list[NodeCapacity], world: int, cpus: float, gpus: float) -> Placement | Shortage:
-    """Spread `world` ranks over the nodes as evenly as room allows, ties by node id; or say what is missing."""
+def place(
+    nodes: list[NodeCapacity], wanted: int, cpus: float, gpus: float, held: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Up to `wanted` more members, by node: spread as evenly as room allows, ties by node id.
+
+    `held`: members that nodes run or will run already. Least loaded first: losing one node then costs the fewest.
+    """
     room = {node.node_id: node.workers(cpus, gpus) for node in nodes}
-    if sum(room.values()) < world:
-        possible = sum(_fit(node.total_cpus, node.total_gpus, cpus, gpus) for node in nodes)
-        return Shortage(world, sum(room.values()), possible, len(nodes), cpus, gpus)
-    # Least loaded first: losing one node then costs the fewest ranks.
-    taken = dict.fromkeys(sorted(room), 0)
-    queue = [(0, node_id) for node_id in sorted(room) if room[node_id]]
-    for _ in range(world):
+    load = held or {}
+    taken: dict[str, int] = {}
+    queue = [(load.get(node_id, 0), node_id) for node_id in sorted(room) if room[node_id]]
+    heapq.heapify(queue)
+    while queue and sum(taken.values()) < wanted:
         count, node_id = heapq.heappop(queue)
-        taken[node_id] = count + 1
+        taken[node_id] = taken.get(node_id, 0) + 1
         if taken[node_id] < room[node_id]:
             heapq.heappush(queue, (count + 1, node_id))
-    used = [node for node in sorted(nodes, key=lambda node: node.node_id) if taken[node.node_id]]
-    return Placement(tuple(used), tuple(taken[node.node_id] for node in used))
+    return taken
+
+
+def shortage(nodes: list[NodeCapacity], wanted: int, held: int, cpus: float, gpus: float) -> Shortage:
+    """What is missing to `wanted` members when `held` are there or on their way."""
+    free = sum(node.workers(cpus, gpus) for node in nodes)
+    possible = sum(_fit(node.total_cpus, node.total_gpus, cpus, gpus) for node in nodes)
+    return Shortage(wanted, min(wanted, free + held), possible, len(nodes), cpus, gpus)
 
 
 def _fit(cpus_there: float, gpus_there: float, cpus: float, gpus: float) -> int:

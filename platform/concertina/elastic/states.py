@@ -13,6 +13,7 @@ class RunState(StrEnum):
     WAITING_FOR_CAPACITY = "waiting_for_capacity"
     FORMING = "forming"
     TRAINING = "training"
+    RECOVERING = "recovering"
     CHECKPOINTING = "checkpointing"
     FINISHED = "finished"
     STOPPED = "stopped"
@@ -33,6 +34,8 @@ class RunEvent(StrEnum):
 
     CAPACITY = "capacity"
     FORMED = "formed"
+    LOSS = "loss"
+    SHORTAGE = "shortage"
     STOP_ASKED = "stop_asked"
     DONE = "done"
     LEFT = "left"
@@ -46,6 +49,12 @@ _TRANSITIONS = {
     # Nothing has been trained that a checkpoint could keep.
     (RunState.FORMING, RunEvent.STOP_ASKED): RunState.STOPPED,
     (RunState.TRAINING, RunEvent.STOP_ASKED): RunState.CHECKPOINTING,
+    (RunState.TRAINING, RunEvent.LOSS): RunState.RECOVERING,
+    (RunState.CHECKPOINTING, RunEvent.LOSS): RunState.RECOVERING,
+    (RunState.RECOVERING, RunEvent.FORMED): RunState.TRAINING,
+    (RunState.RECOVERING, RunEvent.SHORTAGE): RunState.WAITING_FOR_CAPACITY,
+    (RunState.FORMING, RunEvent.SHORTAGE): RunState.WAITING_FOR_CAPACITY,
+    (RunState.RECOVERING, RunEvent.STOP_ASKED): RunState.RECOVERING,
     (RunState.TRAINING, RunEvent.DONE): RunState.FINISHED,
     (RunState.TRAINING, RunEvent.LEFT): RunState.STOPPED,
     (RunState.CHECKPOINTING, RunEvent.STOP_ASKED): RunState.CHECKPOINTING,

@@ -40,18 +40,25 @@ _TABLE = [
     Bound("actors_finish", "keeper", 50, "the cluster ends although actors of ours live"),
     # A run begins
     Bound("placement_group", "coordinator", 10, "the reservation is given back and tried again"),
-    Bound("rank_start", "coordinator", 120, "the run fails: ranks did not start"),
+    Bound("member_start", "coordinator", 120, "a member that is not there by then is given up"),
+    Bound("gather", "coordinator", 20, "the run begins, or grows, with the members that are there"),
     Bound("collective", "rank", 120, "the collective raises and the rank reports it"),
+    # A generation
+    Bound("halt", "coordinator", 5, "members that have not halted are given up"),
+    Bound("prepare", "coordinator", 30, "members that are not prepared are given up"),
+    Bound("form", "coordinator", 60, "members that have not formed are given up"),
+    Bound("complaint", "coordinator", 3, "members that lost their peers, none of which is lost, form anew"),
     # The supervision channel
     Bound("channel_connect", "rank", 2, "the next attempt, a little later"),
     Bound("channel_greeting", "coordinator", 3, "a connection that has not proved itself is closed"),
     Bound("channel_unanswered", "rank", 10, "the kernel ends a connection whose other end acknowledges nothing"),
-    Bound("silence", "coordinator", 3, "a rank that trains is suspected, nothing more"),
-    Bound("silence_busy", "coordinator", 30, "a rank that builds, loads or writes is suspected, nothing more"),
+    Bound("silence", "coordinator", 2, "a member that trains, in a world that makes no step, is given up"),
+    Bound("silence_busy", "coordinator", 30, "a member that builds, loads or writes is given up"),
+    Bound("cut_off", "coordinator", 0.15, "a member whose connection broke, and whose peers complain, is given up"),
+    Bound("cut_off_alone", "coordinator", 5, "a member whose connection broke is given up"),
     # Something went wrong
     Bound("ask_ray", "coordinator", 3, "it goes on with what the channel knows"),
-    Bound("evidence", "coordinator", 1, "the failure is judged by the evidence there is"),
-    Bound("evidence_of_others", "coordinator", 5, "a rank that lost its peers is blamed, for want of a better"),
+    Bound("ask_agent", "coordinator", 0.3, "nobody can say whether the process stands still"),
     # Somebody is gone
     Bound("driver_silence", "coordinator", 10, "the run stops with a checkpoint"),
     Bound("coordinator_frozen", "agent", 12, "a coordinator whose process stands still is ended: Ray starts it again"),
@@ -89,10 +96,10 @@ ORDER = [
         "coordinator_silence", ("channel_unanswered",), "a broken connection is replaced before its rank gives up"
     ),
     Outlasts("coordinator_silence", ("coordinator_frozen",), "a frozen coordinator is replaced before ranks give up"),
-    Outlasts("collective", ("silence_busy", "evidence_of_others"), "suspicion comes before the collective's end"),
-    Outlasts("silence", ("channel_connect",), "one missed attempt is no silence"),
+    Outlasts("collective", ("silence_busy", "halt"), "a member that hangs is given up before the collective's end"),
+    Outlasts("cut_off_alone", ("channel_connect",), "one missed attempt is no loss"),
+    Outlasts("complaint", ("silence", "cut_off"), "a loss is found before its peers form anew without one"),
     Outlasts("silence_busy", ("silence",), "who is busy has more time"),
-    Outlasts("evidence_of_others", ("evidence", "ask_ray"), "a cause that Ray knows comes before a consequence"),
 ]
 
 

@@ -1,7 +1,8 @@
 """What does a rank do from its first step to its last? Steps, validations, checkpoints, and one word a step on whether
 to go on.
 
-The loop knows no Ray and no sockets: it talks to whoever started it through a `Link`.
+The loop knows no Ray and no sockets: it talks to whoever started it through a `Link`. It outlives generations: `sit`
+begins one, `run` trains until the end or until the generation is over.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,18 +24,28 @@ from concertina.elastic.messages import (
     PartWritten,
     RolledBack,
 )
+from concertina.errors import RankFailure
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.state.manifest import Part, checkpoint_folder, list_checkpoints, read_manifest
 from concertina.state.saver import Saver
 from concertina.train.engine import Engine, StepResult
 
-__all__ = ["CHECKPOINT", "STOP", "Link", "Loop"]
+__all__ = ["CHECKPOINT", "REGROUP", "STOP", "Link", "Loop", "Overtaken"]
 
-STOP, CHECKPOINT = 1, 2  # bits of the control word
+STOP, CHECKPOINT, REGROUP = 1, 2, 4  # bits of the control word
+_MOST_RECORDS = 10_000
+
+
+class Overtaken(Exception):
+    """A newer generation has begun: nothing of this one goes on."""
 
 
 class Link(Protocol):
     """A rank's way to its coordinator. No verb waits for the network."""
+
+    @property
+    def recorded(self) -> int:
+        """The newest committed step that is written down for good, as far as is known here."""
 
     def word(self) -> int:
         """The control word to put on the next step; asked of the first rank only."""
@@ -43,7 +54,7 @@ class Link(Protocol):
         """Hand over a message, delivered in order and once."""
 
     def progress(self, step: int, phase: str) -> None:
-        """Say where the training thread is; heartbeats carry it."""
+        """Say where the training thread is; heartbeats carry it. Raises Overtaken when it has to leave."""
 
 
 @dataclass
@@ -59,26 +70,37 @@ class _Clock:
 
 
 class Loop:
-    """Runs one rank's engine from the step it stands at to the last one, or to where the word says stop."""
+    """Runs one member's engine from the step it stands at to the last one, or to where the word says stop."""
 
-    def __init__(self, engine: Engine, checkpoints: Path, generation: int, link: Link) -> None:
+    def __init__(self, engine: Engine, checkpoints: Path, link: Link) -> None:
         self.engine = engine
         self.job: Job = engine.job
         self.link = link
         self.root = checkpoints
-        self.first = engine.rank == 0
-        self.saver = Saver(checkpoints, engine.rank, engine.layout.world, generation, self._part_written)
-        self.saved = -1
+        self.saved = self.evaluated = 0
         self.last_facts: dict[str, object] = {}
+        self.records: dict[int, dict[str, Any]] = {}
         self._waiting: tuple[StepResult, float] | None = None
         self._clock = _Clock()
 
-    def run(self) -> Finished:
-        """Every rank of the world calls it. Returns when the last checkpoint of this rank is on storage."""
+    def sit(self, generation: int, saved: int = 0, evaluated: int = 0) -> None:
+        """The engine has a share of `generation`. Its steps are recorded so far; the newest complete checkpoint and the
+        newest validation are of these steps."""
+        self.first = self.engine.rank == 0
+        self.saver = Saver(self.root, self.engine.rank, self.engine.layout.world, generation, self._part_written)
+        self.saved, self.evaluated = saved, evaluated
+        self._waiting = None
+
+    def run(self) -> Finished | None:
+        """Every rank of the world calls it. Returns when the last checkpoint of this rank is on storage; None when the
+        world regroups. Raises Overtaken, and what a broken network raises."""
         reason, last = "done", self.job.training.steps
         self._clock.lap()
+        self._catch_up()
         while self.engine.applied < last:
             outcome = self._step(self.engine.applied + 1)
+            if outcome == "regroup":
+                return None
             if outcome is not None:
                 reason = outcome
                 break
@@ -86,6 +108,17 @@ class Loop:
         finished = Finished(self.engine.rank, self.engine.applied, reason)
         self.link.send(finished)
         return finished
+
+    def _catch_up(self) -> None:
+        """Do what was due after the last step when the generation before this one ended."""
+        step = self.engine.applied
+        if step and self._is_validated(step) and self.evaluated < step:
+            self._evaluate(step)
+        if step and step % self.job.checkpoint.every_steps == 0 and self.saved < step:
+            self._save(step)
+
+    def _is_validated(self, step: int) -> bool:
+        return step % self.job.training.eval_every_steps == 0 or step == self.job.training.steps
 
     def _step(self, step: int) -> str | None:
         """One step and what is due after it; the reason to leave, if there is one."""
@@ -96,12 +129,24 @@ class Loop:
             return "anomaly"
         if self.engine.applied != step:
             return None  # rolled back
-        self._waiting = (result, self._clock.lap())
-        if step % self.job.training.eval_every_steps == 0 or step == self.job.training.steps:
+        self._applied(result, self._clock.lap())
+        if self._is_validated(step):
             self._evaluate(step)
         if step % self.job.checkpoint.every_steps == 0 or result.word & CHECKPOINT:
             self._save(step)
-        return "stopped" if result.word & STOP else None
+        if result.word & STOP:
+            return "stopped"
+        return "regroup" if result.word & REGROUP else None
+
+    def _applied(self, result: StepResult, seconds: float) -> None:
+        """Keep what is to be said of the step until it is known to be written down: the first rank may not live to."""
+        self._waiting = result, seconds
+        recorded = self.link.recorded
+        self.records = {step: record for step, record in self.records.items() if step > recorded}
+        self.records[result.step] = {"step": result.step, "metrics": {**result.metrics(), "step_s": seconds}}
+        if len(self.records) > _MOST_RECORDS:
+            text = f"the coordinator has written down none of the last {_MOST_RECORDS} steps: is its disk full?"
+            raise RankFailure(text, rank=self.engine.rank)
 
     def _commit_previous(self, result: StepResult) -> None:
         if self._waiting is not None and result.acknowledged:
@@ -109,9 +154,9 @@ class Loop:
 
     def _report_committed(self) -> None:
         assert self._waiting is not None
-        (committed, seconds), self._waiting = self._waiting, None
+        (committed, _), self._waiting = self._waiting, None
         if self.first:
-            self.link.send(Committed(committed.step, {**committed.metrics(), "step_s": seconds}))
+            self.link.send(Committed(committed.step, self.records[committed.step]["metrics"]))
 
     def _commit_now(self) -> None:
         """Ask the world at once rather than with the next step. Collective over the world."""
@@ -124,6 +169,9 @@ class Loop:
         loss = self.engine.evaluate()
         if self.first:
             self.link.send(Evaluated(step, loss))
+        if step in self.records:
+            self.records[step]["validation_loss"] = loss
+        self.evaluated = step
         self._clock.lap()
 
     def _save(self, step: int) -> None:
@@ -136,7 +184,7 @@ class Loop:
         self._clock.lap()
 
     def _part_written(self, step: int, part: Part) -> None:
-        self.link.send(PartWritten(part.rank, step, self.last_facts))
+        self.link.send(PartWritten(part.rank, part.generation, step, self.last_facts))
 
     def _finish(self) -> None:
         """Commit the last step and leave a checkpoint of it."""
@@ -169,6 +217,8 @@ class Loop:
         self.engine.load(checkpoint_folder(self.root, to_step))
         self.engine.watch.skipped.add(bad_step)
         self._waiting = None
+        self.records.clear()
+        self.engine.confirm()  # nobody says so before everybody has
         if self.first:
             self.link.send(RolledBack(bad_step, to_step))
         self._clock.lap()

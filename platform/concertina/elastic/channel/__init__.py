@@ -1,4 +1,4 @@
-"""The supervision channel between the ranks of a run and its coordinator."""
+"""The supervision channel between the members of a run and its coordinator."""
 
 from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.channel.server import ChannelServer, Silence

@@ -1,4 +1,4 @@
-"""How does a rank tell the coordinator everything exactly once, although either may be away for a while?
+"""How does a member tell the coordinator everything exactly once, although either may be away for a while?
 
 One supervisor thread owns the connection: it beats five times a second, sends what is queued, keeps it until it is
 acknowledged, and looks for the coordinator again when the connection breaks. The training thread only queues.
@@ -38,7 +38,7 @@ __all__ = ["ChannelClient"]
 
 log = logging.getLogger("concertina.channel")
 
-_BEAT_S = 0.5
+_BEAT_S = 0.2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _MESSAGES_AT_ONCE = 64
 
@@ -68,18 +68,19 @@ class _Connection:
 
 
 class ChannelClient:
-    """A rank's end. `start` begins; `hear(document)` gets control messages in the supervisor thread, each once."""
+    """A member's end. `start` begins; `hear(document)` gets orders in the supervisor thread, each once."""
 
-    def __init__(self, address: tuple[str, int], token: str, rank: int, generation: int) -> None:
+    def __init__(self, address: tuple[str, int], token: str, member: int) -> None:
         self._address, self._token = address, token
-        self._who = (rank, generation, os.getpid(), new_nonce())
+        self._who = (member, os.getpid(), new_nonce())
         self._hear: Callable[[dict[str, Any]], None] = lambda document: None
-        self._outbox = Outbox(rank)
+        self._outbox = Outbox(member)
         self._progress = (0, "", time.monotonic())
         self._heard_s = time.monotonic()
         self._server, self._last_control = "", 0
         self._closing = self._moved = self._connected = False
-        self._fenced_by: int | None = None
+        self._expelled = False
+        self._recorded = 0
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -100,9 +101,14 @@ class ChannelClient:
         return self._connected
 
     @property
-    def fenced_by(self) -> int | None:
-        """The newer generation that has shut this rank out for good."""
-        return self._fenced_by
+    def is_expelled(self) -> bool:
+        """Whether the run goes on without this member, for good."""
+        return self._expelled
+
+    @property
+    def recorded(self) -> int:
+        """The newest committed step that the coordinator has written down, as far as it has said so."""
+        return self._recorded
 
     def send(self, document: dict[str, Any]) -> None:
         """Queue a message; does not wait. Raises RankFailure when far too many are unacknowledged."""
@@ -127,7 +133,7 @@ class ChannelClient:
         return self._outbox.all()
 
     def close(self) -> None:
-        """Leave with a goodbye: nobody calls this rank lost. `flush` first, what is queued is not waited for."""
+        """Leave with a goodbye: nobody calls this member lost. `flush` first, what is queued is not waited for."""
         self._closing = True
         self._wake()
         if self._thread.is_alive():
@@ -141,7 +147,7 @@ class ChannelClient:
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
-        while not self._closing and self._fenced_by is None:
+        while not (self._closing or self._expelled):
             self._moved = False
             try:
                 with socket.create_connection(self._address, BOUNDS["channel_connect"].seconds) as bare:
@@ -177,13 +183,13 @@ class ChannelClient:
         mac = prove(self._token, "client", theirs, ours, hello)
         connection.socket.sendall(to_line({"hello": hello, "nonce": ours, "mac": mac}))
         answer = connection.next_line(deadline)
-        fenced, acked = answer.get("fenced"), answer.get("acked")
-        claim = acked if fenced is None else f"fenced {fenced}"
+        expelled, acked = answer.get("expelled") is True, answer.get("acked")
+        claim = "expelled" if expelled else acked
         if not proves(answer.get("mac"), self._token, "server", ours, theirs, claim):
             raise WireError("who listens there does not hold the run's token")
-        if fenced is not None:
-            self._fenced_by = fenced
-            raise WireError(f"shut out by generation {fenced}")
+        if expelled:
+            self._expelled = True
+            raise WireError("the run goes on without this member")
         if server != self._server:
             self._server, self._last_control = server, 0  # a new life of it counts its words anew
         if type(acked) is not int:
@@ -195,7 +201,7 @@ class ChannelClient:
 
     def _talk(self, connection: _Connection) -> None:
         beat_s = time.monotonic()
-        while not (self._closing or self._moved or self._fenced_by is not None):
+        while not (self._closing or self._moved or self._expelled):
             while connection.inbox:
                 self._handle(connection.inbox.popleft())
             for number, document in self._outbox.after(connection.sent, 0 if connection.out else _MESSAGES_AT_ONCE):
@@ -230,8 +236,9 @@ class ChannelClient:
         self._heard_s = time.monotonic()
         if "ack" in document:
             self._outbox.acknowledge(document["ack"])
+            self._recorded = document.get("recorded", self._recorded)
         elif "tell" in document and document["number"] > self._last_control:
             self._last_control = document["number"]
             self._hear(document["tell"])
-        elif "fenced" in document:
-            self._fenced_by = document["fenced"]
+        elif "expelled" in document:
+            self._expelled = True

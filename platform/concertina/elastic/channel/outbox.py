@@ -16,8 +16,8 @@ __all__ = ["Outbox"]
 class Outbox:
     """A bounded queue from the training thread to the supervisor thread."""
 
-    def __init__(self, rank: int, most: int = 10_000) -> None:
-        self._rank, self._most = rank, most
+    def __init__(self, member: int, most: int = 10_000) -> None:
+        self._member, self._most = member, most
         self._changed = threading.Condition()
         self._kept: deque[tuple[int, dict[str, Any]]] = deque()
         self._last = 0
@@ -27,9 +27,9 @@ class Outbox:
         with self._changed:
             if len(self._kept) >= self._most:
                 raise RankFailure(
-                    f"the coordinator has acknowledged none of this rank's last {self._most} messages: "
+                    f"the coordinator has acknowledged none of this member's last {self._most} messages: "
                     "is it overloaded, or its disk full?",
-                    rank=self._rank,
+                    rank=self._member,
                 )
             self._last += 1
             self._kept.append((self._last, document))

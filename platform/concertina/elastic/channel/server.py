@@ -1,4 +1,4 @@
-"""How does the coordinator hear its ranks? One thread, one selector, one authenticated connection a rank.
+"""How does the coordinator hear the members? One thread, one selector, one authenticated connection a member.
 
 A reset or an end of stream is evidence of death; silence is suspicion only. No client, however slow or wrong, holds up
 another: sockets do not block, and a connection that has not proved itself in time is closed.
@@ -38,12 +38,12 @@ log = logging.getLogger("concertina.channel")
 
 _MOST_UNPROVEN = 64
 _TICK_S = 0.1
-_BUSY_ONLY_SHORT = "step"  # in every other phase a rank may hold the interpreter for long: imports, builds, writes
+_BUSY_ONLY_SHORT = "step"  # in every other phase a member may hold the interpreter for long: imports, builds, writes
 
 
 @dataclass(frozen=True)
 class Silence:
-    """A rank not heard for `seconds`. When it was, it was in this step and phase, since `progress_age_s`."""
+    """A member not heard for `seconds`. When it was, it was in this step and phase, since `progress_age_s`."""
 
     seconds: float
     step: int
@@ -52,7 +52,7 @@ class Silence:
 
     @property
     def suspicious(self) -> bool:
-        """Longer than a living rank in this phase is ever silent on a busy machine. No proof of anything."""
+        """Longer than a living member in this phase is ever silent on a busy machine. No proof of anything."""
         name = "silence" if self.phase == _BUSY_ONLY_SHORT else "silence_busy"
         return self.seconds > BOUNDS[name].seconds
 
@@ -74,11 +74,11 @@ class _Peer:
 
 
 class ChannelServer:
-    """Listens on one address of this node from the start. Callbacks come from its thread, in each rank's order.
+    """Listens on one address of this node from the start. Callbacks come from its thread, in each member's order.
 
-    `heard(rank, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
-    this process must be on disk by then. `lost(rank, evidence)` comes when an established connection ends without a
-    goodbye, evidence "reset", "eof", "timeout" or "garbage"; the rank may connect again.
+    `heard(member, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
+    this process must be on disk by then. `lost(member, evidence)` comes when an established connection ends without a
+    goodbye, evidence "reset", "eof", "timeout" or "garbage"; the member may connect again.
     `received` is what an earlier server's `received` said: no message comes twice over a restart.
     """
 
@@ -86,21 +86,22 @@ class ChannelServer:
         self,
         host: str,
         token: str,
-        generation: int,
         heard: Callable[[int, dict[str, Any]], None],
         lost: Callable[[int, str], None],
         received: Mapping[str, int] | None = None,
     ) -> None:
         if host in ("", "0.0.0.0", "::"):
             raise ValueError(f"the channel listens on one address of this node, not on {host!r}")
-        self._token, self._generation = token, generation
+        self._token = token
+        self._expelled: set[int] = set()
+        self.recorded = 0
         self._heard, self._lost = heard, lost
         self._received = dict(received or {})
         self._name = new_nonce()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
         self._unproven: list[_Peer] = []
-        self._ranks: dict[int, _Peer] = {}
+        self._peers: dict[int, _Peer] = {}
         self._controls: dict[int, deque[tuple[int, dict[str, Any]]]] = {}
         self._numbers = 0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -127,24 +128,24 @@ class ChannelServer:
         return dict(self._received)
 
     def connected(self) -> dict[int, Hello]:
-        """Ranks that are connected now."""
-        return {rank: peer.hello for rank, peer in list(self._ranks.items()) if peer.hello is not None}
+        """Members that are connected now."""
+        return {member: peer.hello for member, peer in list(self._peers.items()) if peer.hello is not None}
 
     def silences(self) -> dict[int, Silence]:
-        """For every connected rank how long it has been silent."""
+        """For every connected member how long it has been silent."""
         now = time.monotonic()
         return {
-            rank: Silence(now - peer.heard_s, peer.step, peer.phase, peer.progress_age_s)
-            for rank, peer in list(self._ranks.items())
+            member: Silence(now - peer.heard_s, peer.step, peer.phase, peer.progress_age_s)
+            for member, peer in list(self._peers.items())
         }
 
-    def send(self, rank: int, document: dict[str, Any]) -> None:
-        """Queue a control message: it arrives once, when the rank is connected. A new server knows nothing of it."""
-        self._post(lambda: self._control(rank, document))
+    def send(self, member: int, document: dict[str, Any]) -> None:
+        """Queue an order: it arrives once, when the member is connected. A new server knows nothing of it."""
+        self._post(lambda: self._control(member, document))
 
-    def fence(self, generation: int) -> None:
-        """From now on refuse ranks of older generations; those that are connected are told and cut off."""
-        self._post(lambda: self._fence(generation))
+    def expel(self, member: int) -> None:
+        """From now on refuse this member. It is told, now or when it connects again, and cut off."""
+        self._post(lambda: self._expel(member))
 
     def close(self) -> None:
         """Say goodbye to nobody: clients look for another server. Safe to call twice."""
@@ -231,69 +232,65 @@ class ChannelServer:
             else:
                 self._listen(peer, peer.hello, document)
         if peer.hello is not None and peer.connection.fileno() >= 0:
-            self._write(peer, {"ack": self._received.get(peer.hello.incarnation, 0)})
+            self._write(peer, {"ack": self._received.get(peer.hello.incarnation, 0), "recorded": self.recorded})
 
     def _greet(self, peer: _Peer, document: dict[str, Any]) -> None:
         hello = Hello.from_document(document.get("hello"))
         nonce = document.get("nonce")
         if not proves(document.get("mac"), self._token, "client", peer.nonce, nonce, hello.to_document()):
-            raise WireError(f"who says it is rank {hello.rank} does not hold the run's token")
-        if hello.generation != self._generation:
-            self._refuse(peer, nonce, hello)
+            raise WireError(f"who says it is member {hello.member} does not hold the run's token")
+        if hello.member in self._expelled:
+            mac = prove(self._token, "server", nonce, peer.nonce, "expelled")
+            self._write(peer, {"expelled": True, "mac": mac})
+            self._drop(peer, "expelled")
             return
         acked = self._received.get(hello.incarnation, 0)
         self._write(peer, {"acked": acked, "mac": prove(self._token, "server", nonce, peer.nonce, acked)})
         peer.hello, peer.lines.limit_bytes = hello, LINE_LIMIT_BYTES
         self._unproven.remove(peer)
-        former = self._ranks.get(hello.rank)
-        self._ranks[hello.rank] = peer
+        former = self._peers.get(hello.member)
+        self._peers[hello.member] = peer
         if former is not None:
-            self._close(former)  # half-open, or cut by the rank: not lost, it is here
+            self._close(former)  # half-open, or cut by the member: not lost, it is here
         heard = hello.heard if hello.server == self._name else 0
-        for number, control in self._controls.get(hello.rank, ()):
+        for number, control in self._controls.get(hello.member, ()):
             if number > heard:
                 self._write(peer, {"number": number, "tell": control})
-
-    def _refuse(self, peer: _Peer, nonce: Any, hello: Hello) -> None:
-        log.warning("rank %d of generation %d is refused: this is %d", hello.rank, hello.generation, self._generation)
-        if hello.generation < self._generation:
-            mac = prove(self._token, "server", nonce, peer.nonce, f"fenced {self._generation}")
-            self._write(peer, {"fenced": self._generation, "mac": mac})
-        self._drop(peer, "refused")
 
     def _listen(self, peer: _Peer, hello: Hello, document: dict[str, Any]) -> None:
         match document:
             case {"seq": int(number), "say": dict(said)}:
                 if number > self._received.get(hello.incarnation, 0):
-                    self._heard(hello.rank, said)
+                    self._heard(hello.member, said)
                     self._received[hello.incarnation] = number
             case {
                 "beat": {"step": int(step), "phase": str(phase), "age_s": int() | float() as age_s, "heard": int(heard)}
             }:
                 peer.step, peer.phase, peer.progress_age_s = step, phase, age_s
-                self._forget_controls(hello.rank, heard)
+                self._forget_controls(hello.member, heard)
             case {"bye": True}:
                 self._close(peer)
             case _:
                 raise WireError("a line that is none of the channel's")
 
-    def _forget_controls(self, rank: int, heard: int) -> None:
-        controls = self._controls.get(rank)
+    def _forget_controls(self, member: int, heard: int) -> None:
+        controls = self._controls.get(member)
         while controls and controls[0][0] <= heard:
             controls.popleft()
 
-    def _control(self, rank: int, document: dict[str, Any]) -> None:
+    def _control(self, member: int, document: dict[str, Any]) -> None:
         self._numbers += 1
-        self._controls.setdefault(rank, deque()).append((self._numbers, document))
-        if rank in self._ranks:
-            self._write(self._ranks[rank], {"number": self._numbers, "tell": document})
+        self._controls.setdefault(member, deque()).append((self._numbers, document))
+        if member in self._peers:
+            self._write(self._peers[member], {"number": self._numbers, "tell": document})
 
-    def _fence(self, generation: int) -> None:
-        self._generation = generation
-        for peer in list(self._ranks.values()):
-            if peer.hello is not None and peer.hello.generation < generation:
-                self._write(peer, {"fenced": generation})
-                self._close(peer)
+    def _expel(self, member: int) -> None:
+        self._expelled.add(member)
+        self._controls.pop(member, None)
+        peer = self._peers.get(member)
+        if peer is not None:
+            self._write(peer, {"expelled": True})
+            self._close(peer)
 
     def _write(self, peer: _Peer, document: dict[str, Any]) -> None:
         peer.out += to_line(document)
@@ -316,10 +313,10 @@ class ChannelServer:
 
     def _drop(self, peer: _Peer, evidence: str) -> None:
         """Close; the loss of an established connection is told."""
-        established = peer.hello is not None and self._ranks.get(peer.hello.rank) is peer
+        established = peer.hello is not None and self._peers.get(peer.hello.member) is peer
         self._close(peer)
         if established and peer.hello is not None:
-            self._lost(peer.hello.rank, evidence)
+            self._lost(peer.hello.member, evidence)
 
     def _close(self, peer: _Peer) -> None:
         if peer.connection.fileno() >= 0:
@@ -327,5 +324,5 @@ class ChannelServer:
             peer.connection.close()
         if peer in self._unproven:
             self._unproven.remove(peer)
-        if peer.hello is not None and self._ranks.get(peer.hello.rank) is peer:
-            del self._ranks[peer.hello.rank]
+        if peer.hello is not None and self._peers.get(peer.hello.member) is peer:
+            del self._peers[peer.hello.member]

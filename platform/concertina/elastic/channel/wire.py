@@ -3,9 +3,9 @@
 One JSON object a line. The server speaks first:
     server  {"nonce", "server"}                    server: the name of this server's life
     client  {"hello": {...}, "nonce", "mac"}       mac over both nonces and the hello
-    server  {"acked", "mac"}                       or {"fenced": generation, "mac"}, mac over both nonces and that
+    server  {"acked", "mac"}                       or {"expelled": true, "mac"}, mac over both nonces and that
 Then the client sends {"seq", "say"} (a message), {"beat": {"step", "phase", "age_s", "heard"}} and {"bye"}; the server
-{"ack": seq} (the answer to beats as well), {"number", "tell"} (a control message) and {"fenced": generation}.
+{"ack": seq, "recorded": step} (the answer to beats as well), {"number", "tell"} (an order) and {"expelled": true}.
 The token itself never travels. The channel proves who speaks; it hides nothing.
 """
 
@@ -45,10 +45,9 @@ class WireError(Exception):
 
 @dataclass(frozen=True)
 class Hello:
-    """Who a client is. `incarnation` names one client object; `heard` is its last control message from `server`."""
+    """Who a client is. `incarnation` names one client object; `heard` is its last order from `server`."""
 
-    rank: int
-    generation: int
+    member: int
     pid: int
     incarnation: str
     server: str = ""
@@ -59,7 +58,7 @@ class Hello:
         if not isinstance(document, dict) or set(document) != set(cls.__dataclass_fields__):
             raise WireError("not a hello")
         hello = cls(**document)
-        numbers = (hello.rank, hello.generation, hello.pid, hello.heard)
+        numbers = (hello.member, hello.pid, hello.heard)
         names = (hello.incarnation, hello.server)
         if not all(type(value) is int for value in numbers) or not all(type(name) is str for name in names):
             raise WireError("not a hello")

@@ -1,0 +1,65 @@
+"""How does the loop of a member talk to the coordinator? Over the supervision channel, never waiting for it."""
+
+from __future__ import annotations
+
+import logging
+
+from actors.rank_log import Stamp
+from concertina.elastic.channel.client import ChannelClient
+from concertina.elastic.messages import Control, Message, encode
+from concertina.elastic.waits import BOUNDS
+from concertina.train.loop import CHECKPOINT, REGROUP, STOP, Overtaken
+
+__all__ = ["RankLink"]
+
+log = logging.getLogger("concertina.rank")
+
+
+class RankLink:
+    """A member's `Link`. `overtaken` is set by who hears orders, and cleared by who takes a new seat."""
+
+    def __init__(self, client: ChannelClient, stamp: Stamp) -> None:
+        self.client = client
+        self.stamp = stamp
+        self.overtaken = False
+        self._phase = ""
+        self._control = Control()
+        self._asked_checkpoint = False
+
+    def obey(self, control: Control) -> None:
+        """The coordinator's word, from the channel's thread. Which step boundary it counts for the first rank says."""
+        self._asked_checkpoint |= control.checkpoint
+        self._control = control
+
+    def regrouped(self) -> None:
+        """A new generation has begun, and the word to regroup is spent."""
+        self._control = Control(stop=self._control.stop)
+
+    @property
+    def orphaned(self) -> bool:
+        """No coordinator has been heard for so long that the run ends by itself."""
+        return self.client.silent_s > BOUNDS["coordinator_silence"].seconds
+
+    @property
+    def recorded(self) -> int:
+        return self.client.recorded
+
+    def word(self) -> int:
+        word = STOP if self._control.stop or self.orphaned else 0
+        word |= REGROUP if self._control.regroup else 0
+        if self._asked_checkpoint:
+            self._asked_checkpoint = False
+            word |= CHECKPOINT
+        return word
+
+    def send(self, message: Message) -> None:
+        self.client.send(encode(message))
+
+    def progress(self, step: int, phase: str) -> None:
+        self.client.progress(step, phase)
+        self.stamp.step = step
+        if phase != self._phase:
+            self._phase = phase
+            log.info("%s", phase)
+        if self.overtaken:
+            raise Overtaken

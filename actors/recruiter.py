@@ -1,0 +1,98 @@
+"""Who is to work for the run? Room is asked for until there are as many members as wanted, and a node that keeps losing
+them is left alone for a while."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+
+from ray.autoscaler.sdk import request_resources
+
+from actors.assignment import RunPlan
+from actors.hands import Hands, nodes_now
+from concertina.elastic.losses import Loss, Reason
+from concertina.elastic.placement import place, shortage
+from concertina.elastic.waits import BOUNDS
+
+__all__ = ["Recruiter"]
+
+log = logging.getLogger("concertina.coordinator")
+
+_LOOK_S = 1.0
+_MEMORY_OF_LOSSES_S = 600.0
+
+
+class Recruiter:
+    """Keeps the number of members at what the job wants. `waiting` says what is missing, for people."""
+
+    def __init__(self, plan: RunPlan, hands: Hands) -> None:
+        self.job, self.hands = plan.job, hands
+        self.waiting = ""
+        self.wanted = plan.job.cluster.num_workers + plan.job.elastic.spares
+        self._looked = 0.0
+        self._losses: dict[str, list[float]] = defaultdict(list)
+
+    def ask(self) -> None:
+        """Tell Ray's autoscaler, if there is one, what the run wants as long as it lasts. Ranks that are placed on
+        nodes that are there make no demand by themselves."""
+        request_resources(bundles=[dict(self.hands.bundle) for _ in range(self.wanted)])
+
+    def withdraw(self) -> None:
+        """The run wants nothing any more."""
+        request_resources(bundles=[])
+
+    def blame(self, loss: Loss) -> None:
+        """Count a loss against its node, but not those that the node did not cause."""
+        if loss.reason is not Reason.PREEMPTED:
+            self._losses[loss.node].append(time.monotonic())
+
+    @property
+    def barred(self) -> set[str]:
+        """Nodes that have lost members too often, lately."""
+        elastic, now = self.job.elastic, time.monotonic()
+        found = set()
+        for node, losses in self._losses.items():
+            recent = [at for at in losses if now - at < _MEMORY_OF_LOSSES_S]
+            if len(recent) >= elastic.max_losses_per_node and now - recent[-1] < elastic.rejoin_after_s:
+                found.add(node)
+        return found
+
+    def look(self) -> None:
+        """Once a second: fill the room there is, ask for more where it is missing."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        self.hands.settle()
+        barred = self.barred
+        self.hands.fill(barred)
+        self._give_up_unborn(now)
+        missing = self.wanted - self.hands.room
+        if missing <= 0 and not barred:
+            self.waiting = ""
+            return
+        self._recruit(missing + self._barred_room(barred), barred)
+
+    def _recruit(self, missing: int, barred: set[str]) -> None:
+        nodes = [node for node in nodes_now() if node.node_id not in barred]
+        cpus, gpus = self.hands.bundle["CPU"], self.hands.bundle.get("GPU", 0.0)
+        held: dict[str, int] = defaultdict(int)
+        for reservation in self.hands.reservations:
+            held[reservation.node_id] += reservation.size
+        by_id = {node.node_id: node for node in nodes}
+        placed = place(nodes, missing, cpus, gpus, held)
+        for node_id, count in placed.items():
+            self.hands.reserve(by_id[node_id], count)
+        there = self.hands.room - self._barred_room(barred)
+        self.waiting = "" if there >= self.wanted else str(shortage(nodes, self.wanted, there, cpus, gpus))
+
+    def _barred_room(self, barred: set[str]) -> int:
+        return sum(len(r.free) for r in self.hands.reservations if r.node_id in barred)
+
+    def _give_up_unborn(self, now: float) -> None:
+        bound = BOUNDS["member_start"].seconds
+        for member in [m for m in self.hands.members.values() if not m.pid and now - m.born_s > bound]:
+            log.warning("member %d did not start within %.0f s", member.number, bound)
+            self.blame(Loss(member.number, member.node_id, Reason.LATE, "did not start"))
+            self.hands.lose(member.number)

@@ -1,0 +1,339 @@
+"""How does the coordinator carry out what `Generations` orders, and when does it begin a new one by itself?
+
+It makes the stores, sends the orders, keeps the journal ahead of them, bounds every phase, and writes down what a
+recovery took.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.assignment import RunPlan
+from actors.book import Book
+from actors.journal import Journal
+from concertina.elastic.channel.server import ChannelServer
+from concertina.elastic.choice import seat
+from concertina.elastic.generations import Generations, Order, OrderKind, Restore
+from concertina.elastic.losses import Loss, Reason
+from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Prepare, Prepared, encode
+from concertina.elastic.states import RunEvent, RunState
+from concertina.elastic.waits import BOUNDS
+from concertina.errors import CapacityError
+from concertina.layout import Seating
+from concertina.parallel.groups import make_store
+from concertina.state.manifest import list_checkpoints, read_manifest
+from concertina.track.events import EventType
+
+__all__ = ["Regrouping"]
+
+log = logging.getLogger("concertina.coordinator")
+
+_SETTLE_S = 0.5  # joiners that are ready within so long come in together
+
+
+@dataclass
+class Change:
+    """One change of membership as it goes, for the record: when each phase began, by this process's clock."""
+
+    cause: str
+    losses: list[Loss]
+    began_s: float = field(default_factory=time.monotonic)
+    halted_s: float = 0.0
+    formed: dict[int, Formed] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+
+
+class Regrouping:
+    """Of one session. Called by the conductor's thread only."""
+
+    def __init__(self, plan: RunPlan, book: Book, journal: Journal, server: ChannelServer, address: str) -> None:
+        self.plan, self.book, self.journal, self.server, self.address = plan, book, journal, server, address
+        self.generations = Generations(self._seat, first=plan.generation)
+        self.asked_to_stop = False
+        self.expected = 0  # members that are about to arrive
+        self._change: Change | None = None
+        self._store: Any = None
+        self._deadline: tuple[float, str] | None = None
+        self._unseated_since: float | None = None
+        self._complaint_since: float | None = None
+
+    def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
+        found, least = seat(self.plan.job, present, old), self.plan.job.elastic.min_workers
+        if found.layout.world < least:
+            text = f"{len(present)} members are there, elastic.min_workers={least}"
+            raise CapacityError(text)
+        return found
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    @property
+    def complaining(self) -> bool:
+        """Whether members have lost the network to their peers."""
+        return any(report.failure for report in self.generations.reports.values())
+
+    def turn_s(self, longest_s: float) -> float:
+        """How long the conductor may wait for news: evidence comes together quickly when something is wrong."""
+        return 0.02 if self.complaining and not self.generations.coming else longest_s
+
+    def arrive(self, member: int, node: str) -> None:
+        self.generations.arrive(member, node)
+        self._unseated_since = self._unseated_since or time.monotonic()
+        self.book.event(EventType.MEMBER, member=member, node=node, what="ready", reason="")
+
+    def lose(self, losses: list[Loss]) -> None:
+        """Go on without them, at once."""
+        for loss in losses:
+            data = {"member": loss.member, "node": loss.node, "what": "lost", "reason": str(loss)}
+            self.book.event(EventType.MEMBER, self.book.step, **data)
+        orders = self.generations.lose([loss.member for loss in losses])
+        if orders or self.generations.shortage:
+            before = self._change.losses if self._change else []
+            self._change = Change("loss", [*before, *losses], self._change.began_s if self._change else time.monotonic())
+            self.book.move(RunEvent.LOSS, "; ".join(map(str, losses)))
+        self._do(orders)
+
+    def hear(self, message: Message) -> None:
+        match message:
+            case Prepared():
+                self._do(self.generations.prepare(message.member, message.generation))
+            case Halted():
+                if self._change is not None:
+                    self._change.records += message.records
+                self._do(self.generations.halt(message))
+            case Formed():
+                self._hear_formed(message)
+
+    def _hear_formed(self, message: Formed) -> None:
+        if self._change is not None:
+            self._change.formed[message.member] = message
+        if self.generations.form(message.member, message.generation):
+            self._settle(message.generation, message.step)
+
+    def stop(self) -> None:
+        """End with a checkpoint at the next step boundary."""
+        self.asked_to_stop = True
+        seating = self.generations.seating
+        if seating is not None:
+            self.server.send(seating.members[0], encode(Control(stop=True)))
+
+    def look(self) -> None:
+        """Begin what is due without anything having happened."""
+        generations, now = self.generations, time.monotonic()
+        if self.asked_to_stop and generations.shortage is None:
+            return
+        if not generations.possible and generations.coming is None or generations.shortage:
+            if self._enough(now):
+                self._change = self._change or Change("start", [])
+                self._do(generations.begin())
+            return
+        if not generations.is_settled:
+            return
+        if self._stuck(now):
+            self._change = Change("the network between members broke", [])
+            self.book.move(RunEvent.LOSS, "the network between members broke")
+            self._do(generations.begin())
+        elif self._grows(now):
+            self._change = Change("join", [])
+            self._do(generations.begin(planned=True))
+
+    def _enough(self, now: float) -> bool:
+        """Whether to begin with who is there: all, or enough and no more for a while."""
+        there, cluster = len(self.generations.present), self.plan.job.cluster
+        if there >= cluster.num_workers:
+            return True
+        gathered = self._unseated_since is not None and now - self._unseated_since > BOUNDS["gather"].seconds
+        shortage = self.generations.shortage
+        if shortage is not None:
+            gathered = gathered or self.expected == 0
+        return gathered and there >= self.plan.job.elastic.min_workers and there > 0
+
+    def _stuck(self, now: float) -> bool:
+        """Members complain, and none of them is lost."""
+        if not self.complaining:
+            self._complaint_since = None
+            return False
+        self._complaint_since = self._complaint_since or now
+        return now - self._complaint_since > BOUNDS["complaint"].seconds
+
+    def _grows(self, now: float) -> bool:
+        """Whether members that wait for a seat would make the world larger, and all that come now are there."""
+        seating = self.generations.seating
+        assert seating is not None
+        waiting = [m for m in self.generations.present if seating.rank_of(m) is None]
+        if not waiting or self.book.finished or self.book.state is not RunState.TRAINING:
+            self._unseated_since = None
+            return False
+        since = self._unseated_since = self._unseated_since or now
+        patience = BOUNDS["gather"].seconds if self.expected else _SETTLE_S
+        if now - since < patience or seating.layout.world >= self.plan.job.cluster.num_workers:
+            return False
+        return self._seat(self.generations.present, seating).layout.world > seating.layout.world
+
+    # -- orders -------------------------------------------------------------------------------------------------------
+
+    def _do(self, orders: list[Order]) -> None:
+        for order in orders:
+            log.info("generation %d: %s %s", order.number, order.kind.value, list(order.members))
+            match order.kind:
+                case OrderKind.HALT:
+                    self._tell(order, Halt(order.number))
+                    self._expect("halt")
+                case OrderKind.PREPARE:
+                    self._prepare(order)
+                case OrderKind.STOP:
+                    self._tell(order, Control(regroup=True))
+                    self._expect("form")
+                case OrderKind.MOVE:
+                    self._move(order)
+                case OrderKind.RESTORE:
+                    self._restore()
+        if self.generations.shortage is not None:
+            self._deadline = None
+            self.book.move(RunEvent.SHORTAGE, self.generations.shortage.reason)
+
+    def _tell(self, order: Order, message: Message) -> None:
+        document = encode(message)
+        for member in order.members:
+            self.server.send(member, document)
+
+    def _expect(self, bound: str) -> None:
+        self._deadline = (time.monotonic() + BOUNDS[bound].seconds, bound)
+
+    def _prepare(self, order: Order) -> None:
+        coming = self.generations.coming
+        assert coming is not None
+        listener = socket.create_server((self.address, 0), backlog=1024)
+        address = (self.address, listener.getsockname()[1])
+        # The store before it goes, and with it whoever still waits there.
+        self._store = make_store(self.address, listener.detach(), BOUNDS["collective"].timedelta)
+        fresh = not self.generations.possible
+        self._tell(order, Prepare(order.number, coming.seating.to_json(), address, fresh))
+        if self._deadline is None or coming.planned:
+            self._expect("prepare")
+
+    def _move(self, order: Order) -> None:
+        assert order.move is not None
+        change = self._change
+        if change is not None:
+            change.halted_s, change.step = time.monotonic(), order.move.step
+        self._write_journal()  # before anybody can have adopted it
+        saved = max(self.book.newest_checkpoint(), self.plan.resume_step)
+        evaluated = max(order.move.evaluated, self.plan.resume_step if order.move.source is None else 0)
+        self._tell(order, _with(order.move, saved=saved, evaluated=evaluated))
+        self._expect("form")
+
+    def _restore(self) -> None:
+        """Nobody has the whole state: the newest checkpoint, or the beginning."""
+        found = list_checkpoints(self.plan.checkpoints)
+        if not self.generations.possible and self.plan.resume_from is None and not found:
+            self._do(self.generations.restore(Restore()))
+            return
+        folder = Path(found[-1]) if found else self.plan.resume_from
+        step = read_manifest(folder).step if folder is not None else 0
+        if self.generations.possible:
+            log.warning("the state is not complete among who is left: back to step %d", step)
+            self.book.event(EventType.ROLLBACK, self.book.step, to_step=step)
+            self.book.go_back(step)
+        restore = Restore(None if folder is None else str(folder), step)
+        self._do(self.generations.restore(restore))
+
+    def _write_journal(self) -> None:
+        self.journal.seatings = dict(self.generations.possible)
+        self.journal.last_generation = self.generations.last_number
+        self.journal.write()
+
+    def _settle(self, number: int, step: int) -> None:
+        """Everybody has formed: the steps up to here are kept, and written down."""
+        seating, change = self.generations.seating, self._change
+        assert seating is not None
+        self._deadline = self._change = self._complaint_since = None
+        self.book.sit(number, seating.layout.world, step)
+        if change is not None:
+            self.book.fill(change.records, step)
+            self._tell_change(change, seating, step)
+        self.server.recorded = self.book.recorded
+        self.book.move(RunEvent.FORMED)
+        self._write_journal()
+        if self.asked_to_stop:
+            self.stop()
+
+    def _tell_change(self, change: Change, seating: Seating, step: int) -> None:
+        now = time.monotonic()
+        layout = seating.layout
+        self.book.event(EventType.GENERATION, step, world=layout.world, layout=layout.degrees, reason=change.cause)
+        if change.cause == "start":
+            return
+        moved = [formed.moved_bytes for formed in change.formed.values()]
+        first = change.losses[0] if change.losses else None
+        self.book.event(
+            EventType.RECOVERY,
+            step,
+            cause={
+                "member": first.member if first else None,
+                "node": first.node if first else None,
+                "reason": first.reason.value if first else change.cause,
+            },
+            phases={"halt_s": change.halted_s - change.began_s, "move_s": now - change.halted_s},
+            seconds=now - change.began_s,
+            step=step,
+            bytes_local=sum(found.get("local", 0) for found in moved),
+            bytes_moved=sum(found.get("moved", 0) for found in moved),
+            world=layout.world,
+            layout=layout.degrees,
+        )
+
+    # -- bounds -------------------------------------------------------------------------------------------------------
+
+    def late(self, members: Collection[int]) -> list[Loss]:
+        """Members that have not done what was ordered within its bound."""
+        coming = self.generations.coming
+        if self._deadline is None or coming is None or time.monotonic() < self._deadline[0]:
+            return []
+        bound = self._deadline[1]
+        if coming.planned and coming.stopping and not coming.moving:
+            done = set(self.generations.reports)
+        elif coming.moving:
+            done = coming.formed
+        elif bound == "prepare":
+            done = coming.prepared
+        else:
+            done = set(self.generations.reports)
+        wanted = set(coming.seating.roster) if coming.moving or bound == "prepare" else self.generations.holders
+        late = sorted((wanted - done) & set(members))
+        self._expect(bound)
+        nodes = self.generations.present
+        text = f"not done within {BOUNDS[bound].seconds:g} s: {bound}"
+        return [Loss(member, nodes.get(member, ""), Reason.LATE, text) for member in late]
+
+    # -- a coordinator that restarts ------------------------------------------------------------------------------------
+
+    def reattach(self, present: dict[int, str], at_work: dict[int, int]) -> None:
+        """Take over the generations an earlier coordinator left: go on when everybody of the newest is at work in it,
+        else begin a new one."""
+        generations = self.generations
+        generations.present = dict(present)
+        generations.possible = dict(self.journal.seatings)
+        generations.last_number = max(generations.last_number, self.journal.last_generation)
+        seating = generations.seating
+        if seating is None:
+            return
+        newest = max(generations.possible)
+        if all(at_work.get(member) == newest for member in seating.members):
+            generations.possible = {newest: seating}
+            self.book.sit(newest, seating.layout.world, 0)
+            return
+        self._change = Change("the coordinator restarted", [])
+        self._do(generations.begin())
+
+
+def _with(move: Any, **changes: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(move, **changes)
