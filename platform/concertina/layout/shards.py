@@ -14,6 +14,7 @@ Shapes: V vocabulary, D hidden, N key-value heads, G query heads of each, C widt
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -78,11 +79,14 @@ def cut_heads(model: ModelConfig, tp: int, lane: int) -> HeadCut:
     return HeadCut(cut(heads, tp // copies, lane // copies), cut(group, copies, lane % copies), copies)
 
 
-def shards(model: ModelConfig, layout: Layout, rank: int) -> dict[str, Shard]:
-    """Every parameter of `rank` by global name, in the order of computation; a tied weight once."""
+def shards(model: ModelConfig, layout: Layout, rank: int, layers: Iterable[int] | None = None) -> dict[str, Shard]:
+    """Every parameter of `rank` by global name, in the order of computation; a tied weight once.
+
+    `layers`: these only, with what stands outside of layers.
+    """
     table = _Table(model, layout, rank)
     table.vocabulary("embedding.weight")
-    for layer in range(model.num_hidden_layers):
+    for layer in range(model.num_hidden_layers) if layers is None else layers:
         table.layer(f"layers.{layer}", is_moe=model.is_moe_layer(layer))
     table.everywhere("norm.weight", (model.hidden_size,), "ones")
     if not model.tie_word_embeddings:
