@@ -18,6 +18,7 @@ __all__ = [
     "RankFailure",
     "RunFailed",
     "RunStopped",
+    "StateError",
     "UserError",
 ]
 
@@ -93,3 +94,7 @@ class CheckpointError(ConcertinaError):
     """A checkpoint is incomplete, altered or does not match the model: verification failed."""
 
     exit_code = 105
+
+
+class StateError(RunFailed):
+    """State that was moved between members is not what was sent, or not all that was wanted. `data`: member, faults."""

@@ -55,6 +55,7 @@ class Model:
         squares = self.optimizer.local_sum_of_squares(shards).item()
         scale = 1.0 if clip is None else min(1.0, clip / (squares**0.5 + 1e-6))
         self.optimizer.apply(shards, scale, rate)
+        self.optimizer.publish()
         self.optimizer.arrive()
         return squares
 

@@ -16,6 +16,7 @@ from concertina.layout.fit import check_job, check_trainable, fits
 from concertina.layout.fold import Layout
 from concertina.layout.grid import Grid
 from concertina.layout.seating import Seating
+from concertina.layout.segments import Segment, segments
 from concertina.layout.shards import Fill, HeadCut, Shard, cut_heads, kv_copies, shards
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "HeadCut",
     "Layout",
     "Seating",
+    "Segment",
     "Shard",
     "Slot",
     "check_job",
@@ -44,6 +46,7 @@ __all__ = [
     "plan_slots",
     "rank_slots",
     "segment_length",
+    "segments",
     "shards",
     "split_dim",
 ]

@@ -91,7 +91,7 @@ class Head(Part):
 
 
 class Decoder(nn.Module):
-    """One rank's decoder: its boxes of every parameter, by the layout of `groups`."""
+    """One rank's decoder: its boxes of every parameter, by the layout of `groups`; with start values if `initial`."""
 
     def __init__(
         self,
@@ -101,12 +101,13 @@ class Decoder(nn.Module):
         groups: Groups,
         seed: int,
         sequence_parallel: bool = True,
+        initial: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.shards = shards(model, groups.layout, groups.rank)
         lanes = Lanes(groups["tp"], sequence_parallel)
-        build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes)
+        build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes, initial)
         self.build = build
         self.capacity = Capacity(model, groups, lanes) if model.capacity.factor is not None else None
         dispatcher = Dispatcher(model.num_experts, groups)

@@ -22,7 +22,8 @@ __all__ = ["Build", "Part", "made"]
 
 @dataclass(frozen=True)
 class Build:
-    """What every part needs to make itself: the shape, the precision, the place, the seed, this rank's boxes."""
+    """What every part needs to make itself: the shape, the precision, the place, the seed, this rank's boxes. Without
+    `initial`, parameters are memory and nothing else, for weights that come from elsewhere."""
 
     model: ModelConfig
     dtype: torch.dtype
@@ -31,6 +32,7 @@ class Build:
     shards: dict[str, Shard]
     groups: Groups
     lanes: Lanes
+    initial: bool = True
 
 
 class Part(nn.Module):
@@ -49,7 +51,9 @@ class Part(nn.Module):
         """
         shard = self.build.shards[f"{self.prefix}.{attribute}"]
         data = torch.empty(shard.box.shape, dtype=self.build.dtype, device=self.build.device)
-        if shard.fill == "normal":
+        if not self.build.initial:
+            pass
+        elif shard.fill == "normal":
             deviation = self.build.model.initializer_range
             initialize(shard.name, shard.global_shape, shard.box, deviation, self.build.seed, data)
         else:

@@ -8,7 +8,6 @@ losses, the acknowledgement of the step before, and the control word.
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,25 @@ from torch import Tensor
 from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
 from concertina.errors import CheckpointError
-from concertina.layout import STAGE, Box, Layout, check_trainable, cut, kv_copies
-from concertina.model import Decoder, ModelOutput, Part, Place
+from concertina.layout import STAGE, Box, Layout, Seating, Shard, check_trainable, cut
+from concertina.layout.reshard import ReshardPlan, plan_moves
+from concertina.model import Decoder, ModelOutput, Place
 from concertina.model.deferred import DeferredGradients
 from concertina.parallel.collectives import all_reduce_sum
-from concertina.parallel.groups import KV, Groups
-from concertina.parallel.reducer import GradientReducer, make_buckets
+from concertina.parallel.groups import SECONDS, Group, Groups
+from concertina.parallel.reducer import GradientReducer
+from concertina.state.alike import spread_alike
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import load_boxes
 from concertina.state.manifest import read_manifest
+from concertina.state.transfer import TransferReport, transfer
 from concertina.train.anomaly import Anomaly, AnomalyWatch
 from concertina.train.learning_rate import learning_rate
 from concertina.train.optimizer import ShardedAdamW
+from concertina.train.share import DTYPES, Share, Values
 
 __all__ = ["DTYPES", "Engine", "StepResult"]
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEAD = ("sum_of_squares", "loss", "aux_loss", "z_loss", "tokens", "dropped", "acknowledged", "word")
 
 
@@ -63,7 +65,7 @@ class StepResult:
 
 
 class Engine:
-    """One rank's share of the model on a layout. `configure` may be called again for another generation."""
+    """One rank's computing, over whatever share of the model it has: the engine stays, shares change by generation."""
 
     def __init__(self, job: Job, train: SequenceView, validation: SequenceView, device: torch.device) -> None:
         self.job = job
@@ -74,53 +76,172 @@ class Engine:
         self.watch = AnomalyWatch(job.training.anomaly)
         self.applied = 0
         self.tokens = 0
+        self.last_totals: tuple[int, list[float]] | None = None
+        self._share: Share | None = None
+        self._gradients: tuple[int, list[Tensor]] | None = None
+
+    # -- generations ----------------------------------------------------------------------------------------------
+
+    def prepare(self, seating: Seating, rank: int, groups: Groups, values: Values) -> Share:
+        """A share for another generation, beside the current one, which goes on meanwhile. No collective.
+
+        With values "initial" it has the start values of training, and its second copies are still to be filled.
+        """
+        assert groups.rank == rank, "groups were formed for another rank"
+        return Share(self.job, seating, groups, values, self.device)
+
+    def adopt(self, share: Share) -> None:
+        """Go on with `share`, and let go of the one before. Collective over the world where state was moved in: weights
+        go round. Should that fail, the share is current all the same and holds all its state."""
+        assert share.filled, "state is moved in before a share is adopted"
+        self._share, self._gradients = share, None
+        if share.weights_due:
+            share.weights_due = False
+            share.optimizer.publish()
 
     def configure(self, layout: Layout, rank: int, groups: Groups) -> None:
-        """Build this rank's part of the model with its initial weights, and everything that reduces over `groups`.
+        """Begin on a layout without second owners, with the start values of training. No collective."""
+        nobody = (None,) * layout.world
+        self.adopt(self.prepare(Seating(layout, tuple(range(layout.world)), nobody), rank, groups, "initial"))
 
-        No collective; the groups must be formed.
+    def move(self, new: Share | None, seating: Seating, member: int, plan: ReshardPlan, crowd: Group) -> TransferReport:
+        """Fill `new` (None for a spare) by `plan` with what members hold, this one's current share among them. Every
+        member of the seating must call it; it stands in `crowd` as in the roster.
+
+        Members that have no state learn steps, tokens and the recent past too. Raises StateError on every member when
+        not all arrived as it was sent, or members that hold state stand at different steps; current shares are as
+        they were.
         """
-        sharers = layout.neighbours_of(rank, kv_copies(self.job.model, layout.tp))
-        assert groups[KV].ranks == sharers, "groups were formed for another number of lanes of a key-value head"
-        self.layout, self.rank, self.groups = layout, rank, groups
-        training = self.job.training
-        dtype, sequence_parallel = DTYPES[training.precision], self.job.layout.sequence_parallel
-        self.decoder = Decoder(self.job.model, dtype, self.device, groups, training.seed, sequence_parallel)
-        self.shards = self.decoder.shards
-        parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
-        buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
-        self.deferred = DeferredGradients()  # empty unless a step is computed inside `deferring`
-        self.reducer = GradientReducer(buckets, self.deferred.owes)
-        self.optimizer = ShardedAdamW(self.reducer.buckets, training)
-        optimizer = weakref.proxy(self.optimizer)  # hooks hold nothing that would hold this engine
-        for part in self.decoder.modules():
-            if isinstance(part, Part) and part.made:
-                part.register_forward_pre_hook(lambda part, _: optimizer.arrive(part.made.values()))
+        old = self._share
+        own = (self._facts_alike(), old.held_alike()) if old is not None and old.filled else None
+        alike = spread_alike(own, crowd, self.device)
+        report = transfer(
+            plan,
+            member,
+            seating.roster,
+            old.held() if old is not None else {},
+            new.holdings() if new is not None else {},
+            crowd,
+            [alike.fault] if alike.fault is not None else [],
+        )
+        if new is not None:
+            for name, tensor in new.held_alike().items():
+                alike.write(name, tensor)
+            new.fill(int(alike.facts["updates"]))
+            self._take_facts(alike.facts)
+        return report
+
+    def fill_seconds(self) -> TransferReport | None:
+        """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over
+        the world; None where nobody is second owner."""
+        seating, member = self.share.seating, self.share.member
+        if all(second is None for second in seating.seconds):
+            return None
+        firsts_only = Seating(seating.layout, seating.members, (None,) * seating.layout.world)
+        everyone = Seating(seating.layout, seating.members, seating.seconds)
+        apart = {other: str(other) for other in seating.members}
+        plan = plan_moves(self.job.model, firsts_only, everyone, seating.members, apart, only=member)
+        self.share.seconds.filled = not self.share.seconds.copies
+        held, wanted = self.share.held(), self.share.holdings()
+        report = transfer(plan, member, seating.members, held, wanted, self.groups[SECONDS])
+        self.share.fill(self.optimizer.updates)
+        return report
+
+    @property
+    def share(self) -> Share:
+        assert self._share is not None, "the engine has no share yet"
+        return self._share
+
+    @property
+    def layout(self) -> Layout:
+        return self.share.layout
+
+    @property
+    def rank(self) -> int:
+        return self.share.rank
+
+    @property
+    def groups(self) -> Groups:
+        return self.share.groups
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.share.decoder
+
+    @property
+    def shards(self) -> dict[str, Shard]:
+        return self.share.shards
+
+    @property
+    def deferred(self) -> DeferredGradients:
+        return self.share.deferred
+
+    @property
+    def reducer(self) -> GradientReducer:
+        return self.share.reducer
+
+    @property
+    def optimizer(self) -> ShardedAdamW:
+        return self.share.optimizer
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int, word: int = 0) -> StepResult:
         """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only.
 
-        Raises LayoutError for a layout that can be built and not trained yet.
+        Raises LayoutError for a layout that can be built and not trained yet. When a peer is lost it raises what the
+        backend does; then `pending` says whether `complete` can still finish the step, `applied` whether it is done.
         """
         check_trainable(self.layout)
+        self._gradients = None
         sums = self._forward_backward(step)
         shards = self.reducer.finish()
+        seconds = self.share.seconds
+        seconds.start(shards)
         head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:5]])
         votes = head.new_tensor([float(self.applied == step - 1), float(word if self.rank == 0 else 0)])
-        totals = all_reduce_sum(torch.cat([head, votes, sums[5:]]), self.groups.world).finish().tolist()
+        seconds.finish()
+        # Taking part in the all-reduce says: whatever its result is, this rank can finish the step with it.
+        self._gradients = step, shards
+        result = self.complete(self._agree(torch.cat([head, votes, sums[5:]])))
+        if result.anomaly is None:
+            self.optimizer.publish()
+        return result
+
+    def _agree(self, vector: Tensor) -> list[float]:
+        """The one all-reduce of a step."""
+        return all_reduce_sum(vector, self.groups.world).finish().tolist()
+
+    @property
+    def pending(self) -> int | None:
+        """The step of which this rank has all gradients, its own and those it is second owner of, and not the totals."""
+        return self._gradients[0] if self._gradients is not None else None
+
+    def complete(self, totals: list[float]) -> StepResult:
+        """Finish the pending step with what the all-reduce gave, here or on another rank: the same to the bit.
+
+        No collective: nothing here waits for anybody, or can fail for lack of one. New weights do not go round.
+        """
+        assert self._gradients is not None, "no step is pending"
+        (step, shards), self._gradients = self._gradients, None
+        self.last_totals = step, totals
         counts = totals[len(_HEAD) :]
         result = self._judge(step, dict(zip(_HEAD, totals, strict=False)), counts)
         if result.anomaly is None:
             # Clipping and the division by the global token count are one factor.
-            clip = min(1.0, self.job.training.max_grad_norm / (result.grad_norm + 1e-6))
-            self.optimizer.apply(shards, clip / result.tokens, result.learning_rate)
-            self.decoder.balance(torch.tensor(counts, dtype=head.dtype).view(-1, self.job.model.num_experts))
+            scale = min(1.0, self.job.training.max_grad_norm / (result.grad_norm + 1e-6)) / result.tokens
+            self.optimizer.apply(shards, scale, result.learning_rate)
+            self.share.seconds.apply(scale, result.learning_rate)
+            wide = torch.tensor(counts, dtype=torch.float64, device=self.device)
+            self.decoder.balance(wide.view(-1, self.job.model.num_experts))
         if result.anomaly is None or result.anomaly.action == "skip":
             self.applied = step
             self.tokens += result.tokens
         return result
+
+    def void(self) -> None:
+        """Nobody has applied the pending step, nor will: forget its gradients."""
+        self._gradients = None
 
     def _forward_backward(self, step: int) -> Tensor:
         """Sums over this rank's sequences of a step: loss, aux, z, tokens, choices dropped, then tokens of each layer's
@@ -218,19 +339,24 @@ class Engine:
     def _held_alike(self) -> dict[str, BoxedTensor]:
         """The routers' biases, whole."""
         shape = (self.job.model.num_experts,)
-        biases = self.decoder.router_biases().items()
-        return {f"buffer/{name}": BoxedTensor(bias, Box.whole(shape), shape) for name, bias in biases}
+        return {name: BoxedTensor(bias, Box.whole(shape), shape) for name, bias in self.share.held_alike().items()}
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must know beside tensors; JSON-able, equal on every rank."""
+        return self._facts_alike() | {"layout": self.layout.degrees, "precision": self.job.training.precision}
+
+    def _facts_alike(self) -> dict[str, Any]:
+        """What does not change with the layout."""
         return {
             "step": self.applied,
             "tokens": self.tokens,
             "updates": self.optimizer.updates,
             "anomalies": self.watch.state(),
-            "layout": self.layout.degrees,
-            "precision": self.job.training.precision,
         }
+
+    def _take_facts(self, facts: dict[str, Any]) -> None:
+        self.applied, self.tokens = int(facts["step"]), int(facts["tokens"])
+        self.watch.load_state(facts["anomalies"])
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of any layout. Collective over the world: the weights go round.
@@ -244,10 +370,10 @@ class Engine:
             raise CheckpointError(text, tensor=biases[0])
         self.settle()
         load_boxes(folder, self.state() | self._held_alike())
-        facts = manifest.facts
-        self.applied, self.tokens = int(facts["step"]), int(facts["tokens"])
-        self.optimizer.updates = int(facts["updates"])
-        self.watch.load_state(facts["anomalies"])
+        self._take_facts(manifest.facts)
+        self.optimizer.updates = int(manifest.facts["updates"])
+        self.void()
+        self.fill_seconds()
         self.optimizer.publish()
 
 
