@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
+    "ElasticConfig",
     "Job",
     "LayoutConfig",
     "Misfits",
@@ -369,6 +370,22 @@ class ClusterConfig(Section):
         return self
 
 
+class ElasticConfig(Section):
+    """What a run does when machines come and go."""
+
+    min_workers: Positive = 1
+    """Ranks below which the run pauses until there are more; 1: it goes on with what is left."""
+    spares: NonNegative = 0
+    """Members beyond cluster.num_workers that are kept hot: started, connected, without a rank. They cost as much as
+    ranks do, so there are none unless asked for."""
+    rejoin_after_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds for which a node in quarantine is given no member: longer than a node takes that restarts in a loop."""
+    max_losses_per_node: Positive = 3
+    """Losses of members on one node after which it is put in quarantine; one or two may be bad luck."""
+    usd_per_node_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of a node in US dollars an hour, for the ledger; absent: nothing is said of money."""
+
+
 class CheckpointConfig(Section):
     """Durable checkpoints."""
 
@@ -400,6 +417,7 @@ class Job(Section):
     training: TrainingConfig = TrainingConfig()
     layout: LayoutConfig = LayoutConfig()
     cluster: ClusterConfig = ClusterConfig()
+    elastic: ElasticConfig = ElasticConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -414,6 +432,10 @@ class Job(Section):
         if self.data.tokenizer.path is None and words > rows:
             text = f"vocab_size={words} is more than model.vocab_size={rows}: the embedding would lack rows"
             problems.append(("data.tokenizer.vocab_size", text))
+        least, most = self.elastic.min_workers, self.cluster.num_workers
+        if least > most:
+            text = f"min_workers={least} is more than cluster.num_workers={most}: set it to {most} or less"
+            problems.append(("elastic.min_workers", text))
         if problems:
             raise Misfits(problems)
         return self

@@ -58,6 +58,19 @@ class EventType(StrEnum):
     """kind, value, action."""
     ERROR = "error"
     """message, rank, traceback."""
+    LEDGER = "ledger"
+    """Where the session's time went so far, at changes of membership, at its end, and in between at most every 30 s:
+    seconds (of members, by bucket of `elastic.account.Bucket`), total_s (their wall clock, measured apart), goodput,
+    missing_s (of ranks that were wanted and not there: not in the total), members (that lived), usd (None without a
+    price). The newest of a session counts, and sessions add up (`track.ledger`)."""
+    RECOVERY = "recovery"
+    """The run went on with other members: generation, cause (member, rank, node, reason), detected_s (from the fault
+    to the decision), phases (halt_s, prepare_s, move_s, resume_s), stall_s (from the fault to the first step), step
+    (the newest applied, kept), steps_completed (that were under way and were finished, not done again), bytes_local
+    and bytes_moved (state copied inside and between members), world_before, world_after, layout
+    (`track.recovery.Recovery`)."""
+    MEMBER = "member"
+    """One process of the run: member, node, pid, what (born, ready, lost, left, spare), reason."""
 
 
 @dataclass(frozen=True)
