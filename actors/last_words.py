@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from actors.assignment import Assignment
+from actors.assignment import RunPlan
 from actors.book import Book
 from concertina.elastic.messages import decode
 from concertina.elastic.states import RunEvent
@@ -20,15 +20,18 @@ __all__ = ["write_last_words"]
 log = logging.getLogger("concertina.rank")
 
 
-def write_last_words(seat: Assignment, step: int, facts: dict[str, Any], unheard: list[dict[str, Any]]) -> None:
+def write_last_words(
+    plan: RunPlan, generation: int, step: int, facts: dict[str, Any], unheard: list[dict[str, Any]]
+) -> None:
     """Complete the checkpoint of `step`; then, unless a coordinator has come back meanwhile, write down what none has
     heard, so that no committed step is missing, and that the run has failed."""
-    plan, folder = seat.plan, RunFolder(seat.plan.folder)
+    folder = RunFolder(plan.folder)
     bound = BOUNDS["last_checkpoint"]
-    complete = wait(bound, lambda: commit(plan.checkpoints, step, seat.generation, facts) is not None)
+    complete = wait(bound, lambda: commit(plan.checkpoints, step, generation, facts) is not None)
     try:
         with EventLog(folder.events_file, plan.run_id) as events:
-            book = Book(events, plan.checkpoints, plan.layout.world, seat.generation, plan.job.checkpoint.keep)
+            book = Book(events, plan.checkpoints, plan.job.checkpoint.keep)
+            book.generation = generation
             for document in unheard:
                 book.record(decode(document))
             left = f"a checkpoint of step {step}" if complete is Ending.DONE else "no new checkpoint"

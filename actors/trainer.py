@@ -19,12 +19,23 @@ import torch
 from actors.assignment import Assignment
 from actors.last_words import write_last_words
 from actors.link import RankLink
-from actors.preparation import Preparation
-from concertina.elastic.messages import Control, Halt, Halted, Move, Prepare, RankError, decode, encode
+from actors.preparation import NotPrepared, Preparation
+from concertina.elastic.messages import (
+    Control,
+    Formed,
+    Halt,
+    Halted,
+    Move,
+    Prepare,
+    RankError,
+    decode,
+    encode,
+)
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
 from concertina.layout import Seating
-from concertina.parallel.failures import in_one_line, is_communication_failure
+from concertina.layout.reshard import plan_moves
+from concertina.parallel.failures import in_one_line, is_communication_failure, is_hardware_failure
 from concertina.parallel.groups import GroupOptions
 from concertina.train.loop import Loop, Overtaken
 from concertina.train.standalone import build_engine
@@ -43,10 +54,10 @@ class Trainer:
         self.engine = build_engine(plan.job, plan.corpus, torch.device(plan.device))
         self.loop = Loop(self.engine, plan.checkpoints, link)
         self.at_work_in = -1
-        self._generation = -1  # whose state the engine has
         self._halted_by = -1  # the newest HALT
-        self._preparing: Preparation | None = None
-        self._verified: Preparation | None = None
+        self._coming: Preparation | None = None
+        self._verified: Preparation | None = None  # has its state, and is not known to have been adopted
+        self._current: Preparation | None = None  # whose share the engine has
         self._orders: queue.SimpleQueue[Halt | Move] = queue.SimpleQueue()
         self._last_word: dict[str, Any] | None = None
 
@@ -68,26 +79,23 @@ class Trainer:
             case Halt() as halt:
                 self._halted_by = halt.generation
                 self.link.overtaken = True
-                self._abandon(halt.generation)
+                self._fence(halt.generation)
                 self._orders.put(halt)
             case Prepare() as prepare:
-                self._abandon(prepare.generation)
-                self._preparing = Preparation(prepare, self.seat.member, self.engine, self._options(prepare.generation))
-                self._preparing.start(self.link)
+                if self._coming is not None and self._coming is not self._current:
+                    self._coming.fence()
+                plan, bound = self.seat.plan, BOUNDS["collective"].timedelta
+                options = GroupOptions(prepare.generation, plan.device, self.hostname, bound)
+                self._coming = Preparation(prepare, self.seat.member, self.engine, options)
+                self._coming.start(self.link)
             case Move() as move:
                 self._orders.put(move)
 
-    def _options(self, generation: int) -> GroupOptions:
-        bound = BOUNDS["collective"].timedelta
-        return GroupOptions(generation, self.seat.plan.device, self.hostname, bound)
-
-    def _abandon(self, generation: int) -> None:
-        """Fence what is older than `generation`: the groups that are trained on, if a HALT has said so, and those under
-        way."""
-        if self._preparing is not None and self._preparing.generation < generation:
-            self._preparing.fence()
-        if self.engine.groups is not None and self._generation < self._halted_by:
-            self.engine.groups.fence()
+    def _fence(self, generation: int) -> None:
+        """What is older than `generation` communicates no more."""
+        for preparation in (self._coming, self._verified, self._current):
+            if preparation is not None and preparation.generation < generation:
+                preparation.fence()
 
     # -- the training thread ------------------------------------------------------------------------------------------
 
@@ -101,10 +109,10 @@ class Trainer:
 
     def _work(self, move: Move) -> None:
         """Take a seat and train, until the end or until the generation is over."""
-        self.at_work_in = move.generation
+        self.at_work_in, self._last_word = move.generation, None
         try:
             self._take_seat(move)
-            if self.engine.rank is None:
+            if self._current is None:
                 return  # a spare
             finished = self.loop.run()
             if finished is None:
@@ -119,29 +127,101 @@ class Trainer:
         finally:
             self.at_work_in = -1
 
+    def _take_seat(self, move: Move) -> None:
+        """Bring the state to where the new seating wants it, and make the new share the engine's."""
+        began = time.perf_counter()
+        coming = self._coming
+        assert coming is not None, "Prepare comes before Move"
+        self._bring_up(move)
+        coming.wait()
+        if coming.generation != move.generation or self._halted_by > move.generation:
+            raise Overtaken
+        self.link.overtaken = False
+        prepared = time.perf_counter()
+        self.link.progress(move.step, "moving")
+        moved = self._move(move, coming) if move.source is not None else self._begin(move, coming)
+        self._adopt(move, coming)
+        seconds = {"wait_s": prepared - began, "prepare_s": coming.seconds, "move_s": time.perf_counter() - prepared}
+        self.link.send(Formed(self.seat.member, move.generation, move.step, seconds, moved))
+
+    def _bring_up(self, move: Move) -> None:
+        """To the state that the move starts from: adopt what was only verified, complete the step others have applied,
+        or let go of a state that is none of theirs."""
+        verified, self._verified = self._verified, None
+        if verified is not None and verified.generation == move.source:
+            assert verified.share is not None
+            self.engine.adopt(verified.share, publish=False)
+            self._current = verified
+        if self._current is None:
+            return
+        if self._current.generation != move.source or self.seat.member not in move.present:
+            self._leave()
+        elif self.engine.pending == move.step and move.totals is not None:
+            self.loop.note(self.engine.complete(move.totals))
+        else:
+            self.engine.void()
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            self._current.fence()
+            self.engine.leave()
+            self._current = None
+
+    def _move(self, move: Move, coming: Preparation) -> dict[str, int]:
+        """State from members that have it. Bytes moved, by how far."""
+        assert move.seating is not None and coming.crowd is not None
+        nodes = {int(member): node for member, node in move.nodes.items()}
+        old, member = Seating.from_json(move.seating), self.seat.member
+        plan = plan_moves(self.seat.plan.job.model, old, coming.seating, move.present, nodes, only=member)
+
+        def verified() -> None:
+            if coming.share is not None:
+                self._verified = coming
+
+        report = self.engine.move(coming.share, coming.seating, member, plan, coming.crowd, verified)
+        return {"local": report.bytes_local, "moved": report.bytes_received}
+
+    def _begin(self, move: Move, coming: Preparation) -> dict[str, int]:
+        """State from a checkpoint, or the beginning."""
+        if coming.share is not None:
+            coming.share.filled = True
+            self.engine.adopt(coming.share, publish=False)
+            self._current = coming
+            if move.checkpoint is not None:
+                self.engine.load(Path(move.checkpoint))
+            else:
+                self.engine.fill_seconds()
+        return {}
+
+    def _adopt(self, move: Move, coming: Preparation) -> None:
+        former, self._current = self._current, coming if coming.share is not None else None
+        if coming.share is None:
+            self.engine.leave()
+        elif former is not coming:
+            self.engine.adopt(coming.share)
+        self._verified = None
+        if former is not None and former is not coming:
+            former.fence()
+        self.link.stamp.sit(move.generation, coming.seating)
+        self.link.regrouped()
+        if coming.share is not None:
+            self.loop.sit(move.generation, move.saved, move.evaluated)
+
     def _write_last_words(self, step: int) -> None:
         facts, unheard = self.loop.last_facts, self.link.client.unacknowledged()
-        write_last_words(self.seat.plan, self._generation, self.engine.layout.world, step, facts, unheard)
+        assert self._current is not None
+        write_last_words(self.seat.plan, self._current.generation, step, facts, unheard)
 
-    def _take_seat(self, move: Move) -> None:
-        started = time.perf_counter()
-        preparation = self._preparing
-        assert preparation is not None and preparation.generation == move.generation, "Prepare comes before Move"
-        preparation.wait()
-        prepared = time.perf_counter()
-        self.link.overtaken = self._halted_by > move.generation
-        self.link.progress(move.step, "moving")
-        seconds = {"wait_s": prepared - started}
-        ...
-
+    # -- it is over -----------------------------------------------------------------------------------------------------
 
     def _break(self, move: Move, error: Exception) -> None:
         """The generation is over for this member: by its own fault, or because the network or a newer one says so."""
         overtaken = self._halted_by > move.generation
-        if overtaken or isinstance(error, Overtaken) or is_communication_failure(error):
-            log.info("generation %d ends: %s", move.generation, in_one_line(error) or "overtaken")
-            self._fence_all()
-            self._report("" if overtaken else in_one_line(error))
+        if overtaken or isinstance(error, (Overtaken, NotPrepared)) or is_communication_failure(error):
+            text = in_one_line(error)
+            log.info("generation %d ends: %s", move.generation, text)
+            self._end_communication(move.generation)
+            self._report("" if overtaken else text)
             return
         log.exception("member %d ends", self.seat.member)
         report = RankError(
@@ -150,7 +230,34 @@ class Trainer:
             message=in_one_line(error),
             traceback="".join(traceback.format_exception(error)),
             exit_code=error.exit_code if isinstance(error, ConcertinaError) else 1,
-            secondary=False,
+            hardware=is_hardware_failure(error),
         )
         self._last_word = encode(report)
+        self.link.send(report)
+
+    def _end_communication(self, generation: int) -> None:
+        """Nothing that was begun goes on: peers that still wait for this member hear at once that it is gone, and no
+        buffer is written to any more."""
+        self._fence(generation + 1)
+        if self._current is not None:
+            self.engine.share.abandon()
+
+    def _report(self, failure: str) -> None:
+        """Say what this member has."""
+        engine, current, verified = self.engine, self._current, self._verified
+        applied = engine.applied if current is not None else 0
+        totals = engine.last_totals
+        report = Halted(
+            member=self.seat.member,
+            answers=self._halted_by,
+            generation=-1 if current is None else current.generation,
+            verified=-1 if verified is None else verified.generation,
+            step=applied,
+            pending=engine.pending if current is not None else None,
+            totals=totals[1] if totals is not None and totals[0] == applied else None,
+            records=list(self.loop.records.values()),
+            evaluated=self.loop.evaluated,
+            failure=failure,
+        )
+        self.link.client.progress(applied, "halted")
         self.link.send(report)

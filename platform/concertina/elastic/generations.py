@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
-
 from concertina.elastic.messages import Halted, Move
 from concertina.errors import ConcertinaError
 from concertina.layout import Seating
@@ -51,7 +49,6 @@ class Restore:
 
     checkpoint: str | None = None
     step: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,8 @@ class Generations:
             self.reports.clear()
             self._answering = number
         orders = []
-        if not planned and self._holders():
-            orders.append(Order(OrderKind.HALT, number, tuple(sorted(self._holders()))))
+        if not planned and self.holders:
+            orders.append(Order(OrderKind.HALT, number, tuple(sorted(self.holders))))
         self.coming = None
         try:
             seating = self._seat(self.present, self.seating)
@@ -181,7 +178,7 @@ class Generations:
             return []
         if coming.planned and not coming.stopping:
             return self._stop(coming)
-        if not self._holders().issubset(self.reports):
+        if not self.holders.issubset(self.reports):
             return []
         move = self._agree(coming)
         if move is None:
@@ -198,7 +195,8 @@ class Generations:
         coming.stopping = True
         return [Order(OrderKind.STOP, coming.number, (seating.members[0],))]
 
-    def _holders(self) -> set[int]:
+    @property
+    def holders(self) -> set[int]:
         """Members present that may hold state."""
         return {m for seating in self.possible.values() for m in seating.roster if m in self.present}
 
@@ -207,7 +205,7 @@ class Generations:
         holding = [report for report in self.reports.values() if report.generation in self.possible]
         if not holding:
             found = self._restore
-            return found and Move(coming.number, checkpoint=found.checkpoint, step=found.step, facts=found.facts)
+            return found and Move(coming.number, checkpoint=found.checkpoint, step=found.step)
         source = max(report.generation for report in holding)
         self.possible = {number: seating for number, seating in self.possible.items() if number >= source}
         seating = self.possible[source]
@@ -226,7 +224,6 @@ class Generations:
             nodes={str(member): node for member, node in self.present.items()},
             step=step,
             totals=newest.totals,
-            facts=newest.facts,
             evaluated=max(report.evaluated for report in adopted),
         )
 

@@ -78,7 +78,6 @@ class Halted(Message):
     step: int
     pending: int | None
     totals: list[float] | None
-    facts: dict[str, Any]
     records: list[dict[str, Any]]
     evaluated: int
     failure: str
@@ -139,14 +138,14 @@ class Finished(Message):
 
 @dataclass(frozen=True)
 class RankError(Message):
-    """This rank raised. `user` marks errors that retrying cannot help."""
+    """This rank raised. `hardware` marks what another member would not meet."""
 
     rank: int
     kind_of_error: str
     message: str
     traceback: str
     exit_code: int
-    secondary: bool
+    hardware: bool
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,6 @@ class Move(Message):
     nodes: dict[str, str] = field(default_factory=dict)
     step: int = 0
     totals: list[float] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     evaluated: int = 0
     saved: int = 0

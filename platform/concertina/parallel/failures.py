@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["in_one_line", "is_communication_failure"]
+__all__ = ["in_one_line", "is_communication_failure", "is_hardware_failure"]
 
 # Gloo raises plain RuntimeErrors; these are the only marks its messages share: its own source files, a socket's end.
 _MARKS = (
@@ -33,3 +34,10 @@ def in_one_line(error: BaseException) -> str:
         return first
     said = re.sub(r"^\[[^\]]*\]\s*", "", first)  # the source file of gloo it comes from
     return re.split(r"\. (?=[A-Z])", said)[0].rstrip(".")
+
+
+def is_hardware_failure(error: BaseException) -> bool:
+    """Whether the device, not the program, is the likely cause: another member would not meet it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError)

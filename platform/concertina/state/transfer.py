@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,13 +61,16 @@ def transfer(
     group: Group,
     faults: Sequence[str] = (),
     round_bytes: int = ROUND_BYTES,
+    before_vote: Callable[[], None] = lambda: None,
 ) -> TransferReport:
     """Move all that `plan` moves; every member of `roster`, which are the positions of `group`, must call it.
 
     `faults` are what this member found wrong before. `held` is only read. `wanted` is filled; nothing of it counts until this returns. Raises StateError on every member
     when on any one something was not as planned, or arrived otherwise than it was sent.
+
+    `before_vote` is called when all is well here: once the vote has passed anywhere, it has been called everywhere.
     """
-    return _Transfer(plan, member, roster, held, wanted, group, faults).run(round_bytes)
+    return _Transfer(plan, member, roster, held, wanted, group, faults).run(round_bytes, before_vote)
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,13 @@ class _Transfer:
         self.sending = {position: _Stream() for position in range(group.size)}
         self.receiving = {position: _Stream() for position in range(group.size)}
 
-    def run(self, round_bytes: int) -> TransferReport:
+    def run(self, round_bytes: int, before_vote: Callable[[], None]) -> TransferReport:
         began = time.perf_counter()
         limit = max(1, round_bytes // self.like.element_size())
         self._prepare(limit)
         rounds = self._move(limit)
         moved = time.perf_counter()
-        self._verify()
+        self._verify(before_vote)
         width = self.like.element_size()
         return TransferReport(
             bytes_local=self.bytes_local,
@@ -241,7 +244,7 @@ class _Transfer:
         ones = [1] * self.group.size
         return all_to_all_v(rows, ones, ones, self.group).finish()
 
-    def _verify(self) -> None:
+    def _verify(self, before_vote: Callable[[], None]) -> None:
         sums = torch.tensor([[stream.checksum] for stream in self.sending.values()], dtype=torch.int64)
         said = self._swap(sums.to(self.like.device))[:, 0].tolist()
         for position, checksum in enumerate(said):
@@ -251,6 +254,8 @@ class _Transfer:
                     f"{stream.size} elements from member {self.roster[position]} to member {self.member} have checksum "
                     f"{stream.checksum:#x}, were sent with {checksum:#x}"
                 )
+        if not self.faults:
+            before_vote()
         vote = torch.tensor([len(self.faults)], dtype=torch.int64, device=self.like.device)
         if int(all_reduce_sum(vote, self.group).finish().item()):
             self._raise()

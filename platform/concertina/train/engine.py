@@ -8,6 +8,7 @@ losses, the acknowledgement of the step before, and the control word.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Engine:
         self.applied = 0
         self.tokens = 0
         self.last_totals: tuple[int, list[float]] | None = None
+        self.last_result: StepResult | None = None
         self._share: Share | None = None
         self._gradients: tuple[int, list[Tensor]] | None = None
 
@@ -90,12 +92,13 @@ class Engine:
         assert groups.rank == rank, "groups were formed for another rank"
         return Share(self.job, seating, groups, values, self.device)
 
-    def adopt(self, share: Share) -> None:
+    def adopt(self, share: Share, publish: bool = True) -> None:
         """Go on with `share`, and let go of the one before. Collective over the world where state was moved in: weights
-        go round. Should that fail, the share is current all the same and holds all its state."""
+        go round. Should that fail, the share is current all the same and holds all its state. Without `publish` its
+        state is all that counts: no step is computed on it."""
         assert share.filled, "state is moved in before a share is adopted"
         self._share, self._gradients = share, None
-        if share.weights_due:
+        if share.weights_due and publish:
             share.weights_due = False
             share.optimizer.publish()
 
@@ -104,18 +107,35 @@ class Engine:
         nobody = (None,) * layout.world
         self.adopt(self.prepare(Seating(layout, tuple(range(layout.world)), nobody), rank, groups, "initial"))
 
-    def move(self, new: Share | None, seating: Seating, member: int, plan: ReshardPlan, crowd: Group) -> TransferReport:
+    def move(
+        self,
+        new: Share | None,
+        seating: Seating,
+        member: int,
+        plan: ReshardPlan,
+        crowd: Group,
+        verified: Callable[[], None] = lambda: None,
+    ) -> TransferReport:
         """Fill `new` (None for a spare) by `plan` with what members hold, this one's current share among them. Every
         member of the seating must call it; it stands in `crowd` as in the roster.
 
         Members that have no state learn steps, tokens and the recent past too. Raises StateError on every member when
         not all arrived as it was sent, or members that hold state stand at different steps; current shares are as
-        they were.
+        they were. `verified` is called when `new` has its state; once this returns anywhere, it has been called everywhere.
         """
         old = self._share
         own = (self._facts_alike(), old.held_alike()) if old is not None and old.filled else None
         alike = spread_alike(own, crowd, self.device)
-        report = transfer(
+
+        def before_vote() -> None:
+            if new is not None:
+                for name, tensor in new.held_alike().items():
+                    alike.write(name, tensor)
+                new.fill(int(alike.facts["updates"]))
+                self._take_facts(alike.facts)
+            verified()
+
+        return transfer(
             plan,
             member,
             seating.roster,
@@ -123,13 +143,12 @@ class Engine:
             new.holdings() if new is not None else {},
             crowd,
             [alike.fault] if alike.fault is not None else [],
+            before_vote=before_vote,
         )
-        if new is not None:
-            for name, tensor in new.held_alike().items():
-                alike.write(name, tensor)
-            new.fill(int(alike.facts["updates"]))
-            self._take_facts(alike.facts)
-        return report
+
+    def leave(self) -> None:
+        """Hold nothing any more."""
+        self._share, self._gradients = None, None
 
     def fill_seconds(self) -> TransferReport | None:
         """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over
@@ -237,6 +256,7 @@ class Engine:
         if result.anomaly is None or result.anomaly.action == "skip":
             self.applied = step
             self.tokens += result.tokens
+        self.last_result = result
         return result
 
     def void(self) -> None:

@@ -80,7 +80,7 @@ class Loop:
         self.saved = self.evaluated = 0
         self.last_facts: dict[str, object] = {}
         self.records: dict[int, dict[str, Any]] = {}
-        self._waiting: tuple[StepResult, float] | None = None
+        self._waiting: StepResult | None = None
         self._clock = _Clock()
 
     def sit(self, generation: int, saved: int = 0, evaluated: int = 0) -> None:
@@ -123,13 +123,18 @@ class Loop:
     def _step(self, step: int) -> str | None:
         """One step and what is due after it; the reason to leave, if there is one."""
         self.link.progress(step, "step")
-        result = self.engine.train_step(step, self.link.word() if self.first else 0)
+        try:
+            result = self.engine.train_step(step, self.link.word() if self.first else 0)
+        except Exception:
+            if self.engine.applied == step:  # applied, and the weights did not go round
+                self.note(self.engine.last_result)
+            raise
         self._commit_previous(result)
         if result.anomaly is not None and not self._act_on(result):
             return "anomaly"
         if self.engine.applied != step:
             return None  # rolled back
-        self._applied(result, self._clock.lap())
+        self._waiting = self.note(result)
         if self._is_validated(step):
             self._evaluate(step)
         if step % self.job.checkpoint.every_steps == 0 or result.word & CHECKPOINT:
@@ -138,15 +143,18 @@ class Loop:
             return "stopped"
         return "regroup" if result.word & REGROUP else None
 
-    def _applied(self, result: StepResult, seconds: float) -> None:
-        """Keep what is to be said of the step until it is known to be written down: the first rank may not live to."""
-        self._waiting = result, seconds
+    def note(self, result: StepResult | None) -> StepResult | None:
+        """Keep what is to be said of an applied step until it is known to be written down: the first rank may not live
+        to say it."""
+        assert result is not None
+        seconds = self._clock.lap()
         recorded = self.link.recorded
         self.records = {step: record for step, record in self.records.items() if step > recorded}
         self.records[result.step] = {"step": result.step, "metrics": {**result.metrics(), "step_s": seconds}}
         if len(self.records) > _MOST_RECORDS:
             text = f"the coordinator has written down none of the last {_MOST_RECORDS} steps: is its disk full?"
             raise RankFailure(text, rank=self.engine.rank)
+        return result
 
     def _commit_previous(self, result: StepResult) -> None:
         if self._waiting is not None and result.acknowledged:
@@ -154,7 +162,7 @@ class Loop:
 
     def _report_committed(self) -> None:
         assert self._waiting is not None
-        (committed, _), self._waiting = self._waiting, None
+        committed, self._waiting = self._waiting, None
         if self.first:
             self.link.send(Committed(committed.step, self.records[committed.step]["metrics"]))
 

@@ -38,6 +38,10 @@ class PrintingLink:
         self.steps_file = steps_file
         self.committed: list[Committed] = []
 
+    @property
+    def recorded(self) -> int:
+        return self.committed[-1].step if self.committed else 0
+
     def word(self) -> int:
         return 0
 
@@ -82,7 +86,9 @@ def main() -> None:
     link = PrintingLink(arguments.steps_file)
     with tempfile.TemporaryDirectory(prefix="concertina-standalone-") as folder:
         started = time.perf_counter()
-        Loop(engine, Path(folder), 0, link).run()
+        loop = Loop(engine, Path(folder), link)
+        loop.sit(0)
+        loop.run()
         seconds = time.perf_counter() - started
     if rank == 0:
         tokens = sum(step.metrics["tokens"] for step in link.committed)
