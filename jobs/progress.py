@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from concertina.config import Job
 from concertina.track.events import Event, EventType, read_events
+from concertina.track.recovery import MemberNews, MemberWhat, Recovery
 
 __all__ = ["Progress", "format_seconds", "format_tokens"]
 
@@ -57,6 +58,8 @@ class Progress:
     offset: int = 0
     productive_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    goodput: float | None = None
+    """By the ledger, once there is one."""
     _window: _Window = field(default_factory=_Window)
     _moving: bool = False
 
@@ -107,6 +110,27 @@ class Progress:
         if event.type == EventType.STATE:
             reason = f": {data['reason']}" if data.get("reason") else ""
             return f"{data['state'].replace('_', ' ')}{reason}"
+        return self._members(event)
+
+    def _members(self, event: Event) -> str | None:
+        """What is told of those who train."""
+        data = event.data
+        if event.type in (EventType.GENERATION, EventType.START):
+            self.world = int(data.get("world") or self.world)
+        elif event.type == EventType.LEDGER:
+            self.goodput = float(data["goodput"])
+        elif event.type == EventType.RECOVERY:
+            recovery = Recovery.from_json(data)
+            self.world = recovery.world_after
+            self._window = _Window()
+            return str(recovery)
+        elif event.type == EventType.MEMBER:
+            news = MemberNews.from_json(data)
+            # All are born at the beginning and leave at the end; a thousand lines would say nothing.
+            is_change = news.reason if news.what is MemberWhat.LEFT else self.productive_s > 0
+            if is_change or news.what is MemberWhat.LOST:
+                return str(news)
+            self.wait(str(news))
         return None
 
     def _step(self, event: Event) -> str | None:
@@ -116,7 +140,9 @@ class Progress:
         self.productive_s += float(data.get("step_s", 0.0))
         rate = self._window.tokens / self._window.seconds if self._window.seconds else 0.0
         remaining = (training.steps - step) * self._window.seconds / self._window.steps
-        goodput = self.productive_s / max(self.productive_s, time.monotonic() - self.started)
+        goodput = self.goodput
+        if goodput is None:
+            goodput = self.productive_s / max(self.productive_s, time.monotonic() - self.started)
         line = (
             f"step={step}/{training.steps} loss={float(data['loss']):.4f} lr={float(data['learning_rate']):.2e} "
             f"grad_norm={float(data['grad_norm']):.2f} tok/s={format_tokens(rate)} world={self.world} "

@@ -10,6 +10,7 @@ from concertina.track.events import Event
 from concertina.track.mlflow_place import ui_command
 from concertina.track.run import RunFolder
 from concertina.track.summary import RunSummary
+from jobs.ledger_facts import ledger_facts, ledger_lines, recovery_facts, recovery_lines
 
 __all__ = ["duration", "event_line", "facts", "lines"]
 
@@ -40,6 +41,11 @@ def facts(summary: RunSummary) -> dict[str, Any]:
         "generation": summary.shape.generation,
         "resumes": summary.resumes,
         "anomalies": summary.anomalies,
+        "goodput": summary.ledger.goodput if summary.ledger is not None else None,
+        "usd": summary.ledger.usd if summary.ledger is not None else None,
+        "ledger": ledger_facts(summary),
+        "num_recoveries": summary.num_recoveries,
+        "recoveries": recovery_facts(summary),
         "checkpoints": [dict(vars(checkpoint)) for checkpoint in summary.checkpoints],
         "mlflow_run_id": mlflow.run_id,
         "mlflow_experiment_id": mlflow.experiment_id,
@@ -71,6 +77,7 @@ def lines(folder: RunFolder, summary: RunSummary, now_ns: int) -> list[str]:
         told.append(f"  world        {summary.shape.world} ranks, generation {summary.shape.generation}")
     if summary.shape.layout:
         told.append(f"  layout       {_layout(summary.shape.layout)}")
+    told += [*ledger_lines(summary), *recovery_lines(summary)]
     return [*told, *_origin(folder), *_checkpoint_lines(summary), *_mlflow_lines(summary)]
 
 

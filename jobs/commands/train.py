@@ -86,6 +86,7 @@ def _root_cause(folder: Any) -> None:
 
 def _summary(folder: Any, reason: str, output: Output) -> None:
     from concertina.track.summary import summarize
+    from jobs.ledger_facts import goodput_line
     from jobs.progress import format_seconds, format_tokens
 
     found = summarize(folder)
@@ -103,6 +104,8 @@ def _summary(folder: Any, reason: str, output: Output) -> None:
                 "tokens": progress.tokens,
                 "seconds": progress.seconds,
                 "tokens_per_s": progress.tokens_per_s,
+                "goodput": found.ledger.goodput if found.ledger is not None else None,
+                "usd": found.ledger.usd if found.ledger is not None else None,
                 "status": found.outcome.status.value,
             }
         )
@@ -116,6 +119,7 @@ def _summary(folder: Any, reason: str, output: Output) -> None:
         ("tokens", format_tokens(progress.tokens)),
         ("time", format_seconds(progress.seconds)),
         ("tokens/s", format_tokens(progress.tokens_per_s or 0.0)),
+        ("goodput", goodput_line(found)),
         ("checkpoints", ", ".join(str(checkpoint.step) for checkpoint in found.checkpoints) or "none"),
         ("folder", str(folder.path)),
     ]

@@ -124,7 +124,7 @@ class _Life:
             return {Bucket.STARTING: end - self.born}
         found = self.claimed()
         unexplained_s = self.told_at - self.born - self.unsaid_s - sum(self.told.values())
-        tail = Bucket.DETECTION if self.lost and self.inside in TRAINING else self.inside
+        tail = Bucket.DETECTION if self.lost and self.inside in _CLAIMED else self.inside
         known = {Bucket.STARTING: max(0.0, self.unsaid_s), Bucket.OTHER: max(0.0, unexplained_s)}
         return _plus(_plus(found, known), {tail: max(0.0, end - self.told_at)})
 

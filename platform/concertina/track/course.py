@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from concertina.elastic.account import Account
 from concertina.track.events import Event, EventType, void_after
+from concertina.track.ledger import LedgerTally
 
 __all__ = ["EVAL_KEYS", "STEP_KEYS", "Course", "Point"]
 
@@ -36,13 +38,17 @@ class Point:
     value: float
     time_ms: int
     step: int
+    is_state: bool = False
+    """How things stand at that time rather than what a step gave: a step may have several, and no model owns them."""
 
 
 @dataclass
 class Course:
     """`observe` takes every event once, in order, and returns the points that are new.
 
-    A (key, step) seen before is not: after a resume or a roll-back MLflow keeps the first value of a step.
+    A (key, step) seen before is not: after a resume or a roll-back MLflow keeps the first value of a step. Points of
+    the ledger are the exception: they stand at the newest step there ever was, each with its own time, and the last
+    one is how the run ended.
     """
 
     tokens: int = 0
@@ -52,16 +58,21 @@ class Course:
     replayed: list[str] = field(default_factory=list)
     newest: dict[str, int] = field(default_factory=dict)
     """key -> newest step of which a point was returned."""
+    ledger: LedgerTally = field(default_factory=LedgerTally)
     recent: dict[int, list[Point]] = field(default_factory=dict)
     """step -> points, of the last 512 steps: a checkpoint is ready some steps after the step it holds."""
 
     def observe(self, event: Event) -> list[Point]:
+        self.ledger.add(event)
         if event.type == EventType.START:
             self.sessions += 1
         kept = void_after(event)
         if kept is not None and kept < self.newest_step:
             # MLflow cannot take points back: the first value of a step stays there, and a tag says which.
             self.replayed = [*self.replayed, f"{kept + 1}-{self.newest_step}"][-_MOST_NOTES:]
+        if event.type == EventType.LEDGER:
+            total = self.ledger.total()
+            return [] if total is None else self._ledger_points(total, event.ts_ns // 1_000_000)
         if event.step is None:
             return []
         if event.type == EventType.STEP:
@@ -89,6 +100,15 @@ class Course:
         if tokens and seconds > 0:
             points.append(Point("train/tokens_per_s", tokens / seconds, time_ms, step))
         return points
+
+    def _ledger_points(self, total: Account, time_ms: int) -> list[Point]:
+        values = {"goodput": total.goodput}
+        values |= {f"ledger/{bucket}_s": seconds for bucket, seconds in total.seconds.items()}
+        if total.missing_s:
+            values["ledger/missing_s"] = total.missing_s
+        if total.usd is not None:
+            values["usd"] = total.usd
+        return [Point(key, value, time_ms, self.newest_step, is_state=True) for key, value in values.items()]
 
     def _points(self, event: Event, step: int, keys: Mapping[str, str]) -> list[Point]:
         points = []

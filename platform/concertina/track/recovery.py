@@ -91,6 +91,7 @@ class MemberNews:
     node: str
     pid: int | None = None
     reason: str = ""
+    """Of one that left: why before the others; empty when the run was over."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,17 +6,23 @@ Imports neither torch, ray nor mlflow.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from concertina.elastic.account import Account
 from concertina.track.events import Event, EventType, read_events, void_after
+from concertina.track.ledger import LedgerTally
 from concertina.track.owner import Owner, probe
+from concertina.track.recovery import Recovery
 from concertina.track.run import RunFolder
 
 __all__ = ["CheckpointFacts", "MlflowCopy", "Outcome", "Progress", "RunStatus", "RunSummary", "Shape", "summarize"]
+
+_SHOWN_RECOVERIES = 10
 
 
 class RunStatus(StrEnum):
@@ -111,6 +117,21 @@ class RunSummary:
     resumes: int
     anomalies: int
     num_events: int
+    ledger: Account | None = None
+    """Where the time of all sessions' members went; None when no coordinator has written it yet."""
+    recoveries: tuple[tuple[int, Recovery], ...] = ()
+    """(time in ns, what) of the newest ten."""
+    num_recoveries: int = 0
+
+    @property
+    def tokens_per_usd(self) -> float | None:
+        usd = self.ledger.usd if self.ledger is not None else None
+        return self.progress.tokens / usd if usd else None
+
+    @property
+    def steps_per_usd(self) -> float | None:
+        usd = self.ledger.usd if self.ledger is not None else None
+        return self.progress.steps / usd if usd else None
 
 
 def summarize(folder: RunFolder) -> RunSummary:
@@ -135,6 +156,9 @@ def summarize(folder: RunFolder) -> RunSummary:
         resumes=max(0, tally.sessions - 1),
         anomalies=tally.anomalies,
         num_events=tally.num_events,
+        ledger=tally.ledger.total(),
+        recoveries=tuple(tally.recoveries),
+        num_recoveries=tally.num_recoveries,
     )
 
 
@@ -158,9 +182,13 @@ class _Tally:
     steps: dict[int, tuple[float, float, float]] = field(default_factory=dict)
     """step -> loss, tokens, seconds."""
     evaluations: dict[int, float] = field(default_factory=dict)
+    ledger: LedgerTally = field(default_factory=LedgerTally)
+    recoveries: deque[tuple[int, Recovery]] = field(default_factory=lambda: deque(maxlen=_SHOWN_RECOVERIES))
+    num_recoveries: int = 0
 
     def add(self, event: Event) -> None:
         self.num_events += 1
+        self.ledger.add(event)
         self.generation = max(self.generation, event.generation)
         if event.type == EventType.START or not self.session_start_ns:
             self._begin_session(event)
@@ -190,9 +218,20 @@ class _Tally:
             self.reason, self.reason_code = str(data.get("reason", "")), str(data.get("reason_code", ""))
         elif event.type == EventType.ANOMALY:
             self.anomalies += 1
+        elif event.type == EventType.RECOVERY:
+            self._recover(event)
         if event.type in (EventType.START, EventType.GENERATION):
             self.world = data.get("world", self.world)
             self.layout = data.get("layout", self.layout)
+
+    def _recover(self, event: Event) -> None:
+        self.num_recoveries += 1
+        try:
+            found = Recovery.from_json(event.data)
+        except TypeError:
+            return  # of another version: counted, not told
+        self.recoveries.append((event.ts_ns, found))
+        self.world, self.layout = found.world_after, found.layout or self.layout
 
     def outcome(self, owner: Owner | None) -> Outcome:
         """A final state is believed; anything else only while somebody lives who can change it."""
