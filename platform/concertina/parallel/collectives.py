@@ -26,7 +26,6 @@ __all__ = [
     "all_reduce_sum",
     "all_to_all_v",
     "carried",
-    "exchange",
     "gather_counts",
     "reduce_scatter_sum",
     "reduce_scatter_v",
@@ -149,19 +148,6 @@ def reduce_scatter_v(rows_QD: Tensor, sizes: list[int], group: Group) -> Pending
     scattering = _start_scatter(rows_QD.detach(), sizes, group)
     back = partial(_start_gather, sizes=sizes, group=group)
     return Pending(lambda: carried(rows_QD, scattering.finish(), back))
-
-
-def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: Group) -> Pending:
-    """Minimal stand-in."""
-    works = [group.backend.recv([x], source, 7) for x, source in receives]
-    works += [group.backend.send([x], target, 7) for x, target in sends]
-
-    def finish() -> Tensor:
-        for work in works:
-            work.wait()
-        return torch.empty(0)
-
-    return Pending(finish)
 
 
 def _row_bytes(rows: Tensor) -> int:

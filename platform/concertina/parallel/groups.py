@@ -21,8 +21,6 @@ __all__ = ["GROUP_NAMES", "KV", "Group", "GroupOptions", "Groups", "connect_stor
 KV = "dp_cp_kv"
 """Ranks that hold the same key-value heads: dp_cp, and the lanes of tp that share a head where tp exceeds them."""
 
-SECONDS = "seconds"
-
 GROUP_NAMES = (*GROUPS, STAGE, KV)
 
 
@@ -119,13 +117,8 @@ def form_groups(
     members = {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
     members[KV] = layout.neighbours_of(rank, lanes_of_kv_head)
     world = _form("world", tuple(range(layout.world)), rank, store, options)
-    members[SECONDS] = tuple(range(layout.world))
     by_name = {name: _form(name, ranks, rank, store, options) for name, ranks in members.items()}
     return Groups(options.generation, layout, world, by_name)
-
-
-def form_crowd(position: int, size: int, store: dist.Store, options: GroupOptions) -> Group:
-    return _form("crowd", tuple(range(size)), position, store, options)
 
 
 def _form(name: str, ranks: tuple[int, ...], rank: int, store: dist.Store, options: GroupOptions) -> Group:

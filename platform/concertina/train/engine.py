@@ -90,12 +90,13 @@ class Engine:
         assert groups.rank == rank, "groups were formed for another rank"
         return Share(self.job, seating, groups, values, self.device)
 
-    def adopt(self, share: Share) -> None:
-        """Go on with `share`, and let go of the one before. Collective over the world where state was moved in: weights
-        go round. Should that fail, the share is current all the same and holds all its state."""
-        assert share.filled, "state is moved in before a share is adopted"
+    def adopt(self, share: Share | None) -> None:
+        """Go on with `share` (None: as a spare, with nothing), and let go of the one before. Collective over the world
+        where state was moved in: weights go round. Should that fail, the share is current all the same and holds all
+        its state. What is under way in the one before is over: `settle` or `Share.abandon` has been called."""
+        assert share is None or share.filled, "state is moved in before a share is adopted"
         self._share, self._gradients = share, None
-        if share.weights_due:
+        if share is not None and share.weights_due:
             share.weights_due = False
             share.optimizer.publish()
 
@@ -134,7 +135,8 @@ class Engine:
     def fill_seconds(self) -> TransferReport | None:
         """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over
         the world; None where nobody is second owner."""
-        seating, member = self.share.seating, self.share.member
+        seating = self.share.seating
+        member = seating.members[self.rank]
         if all(second is None for second in seating.seconds):
             return None
         firsts_only = Seating(seating.layout, seating.members, (None,) * seating.layout.world)
