@@ -22,6 +22,7 @@ from typing import Any
 from concertina.layout import GROUPS, STAGE, Layout
 from concertina.parallel.groups import (
     KV,
+    SECONDS,
     Group,
     GroupOptions,
     Groups,
@@ -54,7 +55,7 @@ def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0, kv_lane
 def seat(layout: Layout, rank: int, kv_lanes: int = 1) -> Groups:
     """The groups of `rank` as far as building needs them: who is in them, and no way to talk."""
     members = {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
-    members[KV] = layout.neighbours_of(rank, kv_lanes)
+    members[KV], members[SECONDS] = layout.neighbours_of(rank, kv_lanes), tuple(range(layout.world))
     named = {name: Group(name, ranks, ranks.index(rank)) for name, ranks in members.items()}
     return Groups(0, layout, Group("world", tuple(range(layout.world)), rank), named)
 

@@ -32,6 +32,8 @@ def broken(call: Any) -> tuple[bool, str]:
 def after_a_peer_died(rank: int, store: Any) -> dict[str, tuple[bool, str]]:
     """The last rank ends as soon as the groups stand; each group of the others breaks in another call."""
     groups = form(Layout(WORLD), rank, store, timeout_s=20)
+    store.set(f"formed{rank}", "")
+    store.wait([f"formed{each}" for each in range(WORLD)])  # before that its end would break their forming
     if rank == WORLD - 1:
         return {}
     x, each = torch.ones(SIZE * WORLD), [SIZE] * WORLD

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from concertina.layout import GROUPS, STAGE, Layout
 from concertina.parallel.collectives import all_gather_into, all_reduce_sum
 from concertina.parallel.failures import is_communication_failure
-from concertina.parallel.groups import GROUP_NAMES, KV, Group, GroupOptions, Groups, connect_store, form_groups
+from concertina.parallel.groups import GROUP_NAMES, KV, SECONDS, Group, GroupOptions, Groups, connect_store, form_groups
 from tests.distributed import listening_store, run_distributed
 
 WORLD = 4
@@ -42,7 +42,7 @@ def members(group: Group, rank: int) -> list[int]:
 
 @pytest.mark.unit
 def test_every_group_of_a_layout_is_formed() -> None:
-    assert set(GROUP_NAMES) == {*GROUPS, STAGE, KV}
+    assert set(GROUP_NAMES) == {*GROUPS, STAGE, KV, SECONDS}
 
 
 @pytest.mark.unit
@@ -103,7 +103,7 @@ def one_generation_after_another(rank: int, store: Any) -> list[dict[str, list[i
 def test_generations_follow_each_other_in_the_same_processes() -> None:
     for rank, seen in enumerate(run_distributed(one_generation_after_another, WORLD)):
         for layout, found in zip(LAYOUTS, seen, strict=True):
-            assert found.pop("world") == list(range(WORLD))
+            assert found.pop("world") == found.pop(SECONDS) == list(range(WORLD))
             assert found.pop(KV) == list(layout.neighbours_of(rank, layout.tp)) == found[STAGE]
             assert found == {name: list(layout.group_of(name, rank)) for name in (*GROUPS, STAGE)}
 

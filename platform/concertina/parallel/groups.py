@@ -10,18 +10,39 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from concertina.layout import GROUPS, STAGE, Layout
+from concertina.parallel.fence import Wires
+from concertina.parallel.forming import Call, Place
+from concertina.parallel.gloo import form_gloo
+from concertina.parallel.nccl import form_nccl
 from concertina.parallel.trace import Tap
 
-__all__ = ["GROUP_NAMES", "KV", "Group", "GroupOptions", "Groups", "connect_store", "form_groups", "make_store"]
+__all__ = [
+    "CROWD",
+    "GROUP_NAMES",
+    "KV",
+    "SECONDS",
+    "Group",
+    "GroupOptions",
+    "Groups",
+    "connect_store",
+    "form_crowd",
+    "form_groups",
+    "make_store",
+]
 
 KV = "dp_cp_kv"
 """Ranks that hold the same key-value heads: dp_cp, and the lanes of tp that share a head where tp exceeds them."""
 
-GROUP_NAMES = (*GROUPS, STAGE, KV)
+SECONDS = "seconds"
+"""All ranks of the world, apart from it: what they send to their second owners waits for nothing else."""
+
+CROWD = "crowd"
+"""All members of a generation, spares too: state moves over it."""
+
+GROUP_NAMES = (*GROUPS, STAGE, KV, SECONDS)
 
 
 @dataclass(frozen=True)
@@ -45,11 +66,16 @@ class Group:
     ranks: tuple[int, ...]
     rank: int
     backend: Any = field(default=None, repr=False, compare=False)
+    wires: Wires = field(default_factory=Wires, repr=False, compare=False)
     tap: Tap = field(default_factory=Tap, repr=False, compare=False)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def fence(self) -> None:
+        """End all communication of this group and of those formed by the same call (`Wires.fence`)."""
+        self.wires.fence()
 
     @classmethod
     def alone(cls, name: str = "world", rank: int = 0) -> Group:
@@ -69,6 +95,14 @@ class Groups:
     @property
     def rank(self) -> int:
         return self.world.rank
+
+    def fence(self) -> None:
+        """End all communication of this generation: what waits raises, in any thread (`Wires.fence`).
+
+        When every pending communication has been waited for, the groups can be dropped, and their threads and sockets
+        go with the last reference.
+        """
+        self.world.fence()
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]
@@ -107,39 +141,40 @@ def connect_store(hostname: str, port: int, timeout: timedelta) -> dist.TCPStore
 
 
 def form_groups(
-    layout: Layout, rank: int, store: dist.Store, options: GroupOptions, lanes_of_kv_head: int = 1
+    layout: Layout,
+    rank: int,
+    store: dist.Store,
+    options: GroupOptions,
+    lanes_of_kv_head: int = 1,
+    wires: Wires | None = None,
 ) -> Groups:
     """Form every group of `rank`, eagerly. All ranks of the layout must call it with the same store.
 
     `lanes_of_kv_head`: how many lanes of tp share a key-value head (`layout.kv_copies`). After it returns nothing
     touches the store. Names of groups carry the generation, so that an older rank cannot join a newer group.
+    `wires`: who holds them can fence what is being formed, from another thread; then this raises within 50 ms.
     """
-    members = {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
+    world = tuple(range(layout.world))
+    members = {"world": world, SECONDS: world}
+    members |= {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
     members[KV] = layout.neighbours_of(rank, lanes_of_kv_head)
-    world = _form("world", tuple(range(layout.world)), rank, store, options)
-    by_name = {name: _form(name, ranks, rank, store, options) for name, ranks in members.items()}
-    return Groups(options.generation, layout, world, by_name)
+    formed = _form(members, rank, "groups", store, options, wires or Wires())
+    return Groups(options.generation, layout, formed.pop("world"), formed)
 
 
-def _form(name: str, ranks: tuple[int, ...], rank: int, store: dist.Store, options: GroupOptions) -> Group:
-    position = ranks.index(rank)
-    if len(ranks) == 1:
-        return Group(name, ranks, position)
-    prefixed = dist.PrefixStore(f"generation{options.generation}/{name}/{ranks[0]}", store)
-    make = _make_nccl if options.device == "cuda" else _make_gloo
-    return Group(name, ranks, position, make(prefixed, position, len(ranks), options))
+def form_crowd(position: int, size: int, store: dist.Store, options: GroupOptions, wires: Wires | None = None) -> Group:
+    """Form the group of all members of a generation, ranks and spares, by their positions in `Seating.roster`.
+
+    All of them must call it with the same store. `wires` as in `form_groups`: pass the same to fence both.
+    """
+    return _form({CROWD: tuple(range(size))}, position, CROWD, store, options, wires or Wires())[CROWD]
 
 
-def _make_gloo(store: dist.Store, rank: int, size: int, options: GroupOptions) -> Any:
-    settings = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    settings._timeout = options.timeout
-    settings._devices = [dist.ProcessGroupGloo.create_device(hostname=options.hostname, lazy_init=False)]
-    return dist.ProcessGroupGloo(store, rank, size, settings)
-
-
-def _make_nccl(store: dist.Store, rank: int, size: int, options: GroupOptions) -> Any:
-    settings = dist.ProcessGroupNCCL.Options()
-    settings._timeout = options.timeout
-    backend = dist.ProcessGroupNCCL(store, rank, size, settings)
-    backend.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
-    return backend
+def _form(
+    members: dict[str, tuple[int, ...]], rank: int, purpose: str, store: dist.Store, options: GroupOptions, wires: Wires
+) -> dict[str, Group]:
+    places = [Place(name, ranks, ranks.index(rank)) for name, ranks in members.items() if len(ranks) > 1]
+    call = Call(rank, f"generation{options.generation}/{purpose}", store, options.hostname, options.timeout, wires)
+    backends = (form_nccl if options.device == "cuda" else form_gloo)(places, call)
+    formed = {place.name: backend for place, backend in zip(places, backends, strict=True)}
+    return {name: Group(name, ranks, ranks.index(rank), formed.get(name), wires) for name, ranks in members.items()}

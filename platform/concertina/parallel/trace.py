@@ -4,14 +4,15 @@ Times are seconds since the epoch, monotonic within a recording. `issued_s`, `wa
 host's and exact: handed to the backend, blocked in `finish`, going on. The two of the wire depend on the backend:
 
     gloo   started   as issued: gloo does not tell when one of its threads takes it
-           ended     exact, told by that thread; of a reduce-scatter gloo tells nothing, it is the end of the wait
+           ended     exact, told by that thread; of a reduce-scatter and an exchange gloo tells nothing, it is the end
+                     of the wait
     nccl   started   when the stream that issued it got there (a CUDA event, exact); NCCL's own stream may still be busy
                      with the communication before
            ended     exact (a CUDA event on a stream that waits for it); the host's wait only queues, and is short
 
 `sent_bytes` is what must leave the rank, whatever algorithm moves it, for a group of g: all-to-all, the rows of
-others; all-gather, g - 1 times the own piece; reduce-scatter, all but the own piece; all-reduce, 2 (g - 1) / g of the
-tensor, rounded up.
+others; exchange, what is sent; all-gather, g - 1 times the own piece; reduce-scatter, all but the own piece;
+all-reduce, 2 (g - 1) / g of the tensor, rounded up.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Clock", "Kind", "Record", "Tap", "Trace", "bytes_sent", "recording"]
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "counts"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "exchange", "counts"]
 Mark = Callable[[], float]
 """Says when its moment was; of a device, waits until it has come."""
 

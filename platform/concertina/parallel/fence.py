@@ -1,0 +1,149 @@
+"""How does a rank end a generation's communication at once, from any thread? It cuts the generation's wires.
+
+Gloo cannot be told to give up: its `abort` does nothing, and what a frozen peer sends when it wakes lands in whatever
+the abandoned buffer has become. So the connected sockets are shut down under it (`shutdown(2)` of both directions, on
+duplicates of their descriptors). Gloo takes that for the peers' end: whatever waits raises, whatever is started later
+raises. NCCL is told to abort, which it does (written from its documentation, `parallel/nccl.py`).
+
+While groups form, a connection is theirs when one of its ends is where a peer or this rank listens for it; afterwards
+the sockets themselves are known. Listening sockets are left alone (gloo ends the process when one fails), and so is
+every other connection of the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["Address", "Wires"]
+
+log = logging.getLogger("concertina.parallel")
+
+Address = tuple[str, int]
+"""Host and port."""
+
+_LOOK_S = 0.0005
+_CLOSING_S = 1.0
+
+
+class Wires:
+    """The connections of one rank in one generation: of one forming call, or of several that were given the same."""
+
+    def __init__(self) -> None:
+        self._cut = threading.Event()
+        self._lock = threading.Lock()
+        self._listening: set[Address] = set()  # for groups that form now, here and at peers
+        self._sockets: set[int] = set()  # of groups that stand, by inode: unlike a port, none is given out again
+        self._communicators: list[Any] = []  # of NCCL
+
+    @property
+    def are_cut(self) -> bool:
+        return self._cut.is_set()
+
+    def check(self) -> None:
+        """Raises torch's DistNetworkError when they are cut."""
+        if self.are_cut:
+            raise dist.DistNetworkError("this generation has been fenced")
+
+    def fence(self) -> None:
+        """Cut them for good, from any thread, any number of times. Returns within milliseconds.
+
+        What waits raises, in every thread. What the kernel had received before is read to its end or dropped before
+        this returns, so that a peer's bytes reach no buffer afterwards, whatever wakes up on the other side.
+        """
+        self._cut.set()
+        with self._lock:
+            communicators, self._communicators = self._communicators, []
+        _abort(communicators)
+        deadline_s = time.monotonic() + _CLOSING_S
+        self.shut_down()
+        while left := len(self._sockets & {inode for _, inode in _sockets()}):
+            if time.monotonic() > deadline_s:
+                log.warning("%d connections of a fenced generation are shut down but not closed", left)
+                return
+            time.sleep(_LOOK_S)
+            self.shut_down()
+
+    def shut_down(self) -> None:
+        """Shut down what is connected now, and no more: what is about to connect goes on."""
+        with self._lock:
+            self._learn()
+            for descriptor, inode in _sockets():
+                if inode in self._sockets:
+                    with suppress(OSError), closing(_duplicate(descriptor, inode)) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+
+    # -- said by who forms groups -------------------------------------------------------------------------------------
+
+    def forming(self, listening: set[Address]) -> None:
+        """Connections from or to these addresses belong here, until `formed`. Raises as `check`."""
+        with self._lock:
+            self._listening |= listening
+        self.check()
+
+    def formed(self, listening: set[Address]) -> None:
+        """At these addresses there will be no other connections than there are. Raises as `check`."""
+        with self._lock:
+            self._learn()
+            self._listening -= listening
+        self.check()
+
+    def register(self, communicator: Any) -> None:
+        """Abort this NCCL backend when they are cut. Raises as `check`, having aborted it."""
+        with self._lock:
+            self._communicators.append(communicator)
+        if self.are_cut:
+            self.fence()
+        self.check()
+
+    def _learn(self) -> None:
+        if not self._listening:
+            return
+        for descriptor, inode in _sockets():
+            with suppress(OSError), closing(_duplicate(descriptor, inode)) as connection:
+                if not self._listening.isdisjoint(_ends(connection)):
+                    self._sockets.add(inode)
+
+
+def _abort(communicators: list[Any]) -> None:
+    """Together: one that is aborted alone may wait for a kernel of another (pytorch issue 119797)."""
+    if not communicators:
+        return
+    communicators[0]._group_start()
+    for communicator in reversed(communicators):
+        communicator.abort()
+    communicators[0]._group_end()
+
+
+def _sockets() -> Iterator[tuple[int, int]]:
+    """The sockets of this process: descriptor and inode."""
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # closed since
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                yield int(name), status.st_ino
+
+
+def _duplicate(descriptor: int, inode: int) -> socket.socket:
+    """The socket behind a descriptor; raises OSError when that has become another's."""
+    duplicate = os.dup(descriptor)
+    if os.fstat(duplicate).st_ino != inode:
+        os.close(duplicate)
+        raise OSError("the descriptor was closed and given out again")
+    return socket.socket(fileno=duplicate)
+
+
+def _ends(connection: socket.socket) -> tuple[Address, ...]:
+    """Both ends of a TCP connection; raises OSError, or has none, for anything else, as a socket that listens."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return ()
+    return connection.getsockname()[:2], connection.getpeername()[:2]
