@@ -21,7 +21,10 @@ __all__ = ["Row", "refuse_dirty_tree", "show", "write_result"]
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. `met` is None without a goal; a missed goal says why, and what could be had at most."""
+    """One measured number. `met` is None without a goal; a missed goal says why, and what could be had at most.
+
+    More is better, unless `at_most`: then the goal is a bound from above.
+    """
 
     name: str
     value: float
@@ -30,6 +33,7 @@ class Row:
     samples: Sequence[float] = field(default_factory=tuple)
     reason: str | None = None
     ceiling: float | None = None
+    at_most: bool = False
 
     @classmethod
     def of(cls, name: str, unit: str, samples: Sequence[float], goal: float | None = None, **more: Any) -> Row:
@@ -38,12 +42,16 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        return None if self.goal is None else self.value >= self.goal
+        if self.goal is None:
+            return None
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
 
     def document(self) -> dict[str, Any]:
-        """As it stands in the file; `reason` and `ceiling` only beside a missed goal."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("reason", "ceiling")}
+        """As it stands in the file; `reason` and `ceiling` only beside a missed goal, `at_most` only when true."""
+        kept = {key: value for key, value in asdict(self).items() if key not in ("reason", "ceiling", "at_most")}
         kept["met"] = self.met
+        if self.at_most:
+            kept["at_most"] = True
         if self.met is False:
             kept["reason"] = self.reason
             if self.ceiling is not None:
@@ -84,6 +92,6 @@ def show(rows: Sequence[Row]) -> str:
     marks = {None: "", True: "met", False: "missed"}
     lines = []
     for row in rows:
-        goal = "" if row.goal is None else f"goal {row.goal:g}"
-        lines.append(f"{row.name:<{width}}  {row.value:>10.4g} {row.unit:<9} {goal:<10} {marks[row.met]}".rstrip())
+        goal = "" if row.goal is None else f"goal {'<= ' * row.at_most}{row.goal:g}"
+        lines.append(f"{row.name:<{width}}  {row.value:>10.4g} {row.unit:<9} {goal:<12} {marks[row.met]}".rstrip())
     return "\n".join(lines)

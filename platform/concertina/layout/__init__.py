@@ -12,7 +12,7 @@ from concertina.layout.buckets import (
     split_dim,
 )
 from concertina.layout.draw import draw
-from concertina.layout.fit import check_job, check_trainable
+from concertina.layout.fit import check_job, check_trainable, fits
 from concertina.layout.fold import Layout
 from concertina.layout.grid import Grid
 from concertina.layout.seating import Seating
@@ -40,6 +40,7 @@ __all__ = [
     "cut",
     "cut_heads",
     "draw",
+    "fits",
     "kv_copies",
     "plan_buckets",
     "plan_slots",

@@ -13,7 +13,7 @@ from concertina.layout.refusals import Degrees, Fault, misfits, world_faults
 if TYPE_CHECKING:  # building the schema takes longer than printing 16,384 ranks
     from concertina.config import Job, ModelConfig
 
-__all__ = ["check_job", "check_trainable"]
+__all__ = ["check_job", "check_trainable", "fits"]
 
 
 def check_trainable(layout: Layout) -> None:
@@ -34,21 +34,30 @@ def check_job(job: Job) -> Layout:
     world, degrees = job.cluster.num_workers, job.layout.model_dump(exclude={"sequence_parallel"})
 
     def faults(degrees: Degrees) -> list[Fault]:
-        return [*world_faults(world, degrees), *_shape_faults(job, degrees)]
+        return [*world_faults(world, degrees), *_shape_faults(job.model, job.data.sequence_length, degrees)]
 
     found = [(f"layout.{axis}", line) for axis, line in misfits(world, degrees, faults)]
     if not found:
         layout = Layout(world, **degrees)
-        found = list(_batch_misfits(job, layout))
+        found = list(_batch_misfits(job, layout.dp))
         if not found:
             return layout
     lines = [line for _, line in found]
     raise LayoutError("\n".join(lines), problems=lines, keys=[key for key, _ in found])
 
 
-def _shape_faults(job: Job, degrees: Degrees) -> Iterator[Fault]:
+def fits(job: Job, world: int, degrees: Degrees) -> bool:
+    """Whether `check_job` would take the job on `world` workers with these degrees (pp, cp, tp, ep, etp)."""
+    if world_faults(world, degrees):
+        return False
+    if next(_shape_faults(job.model, job.data.sequence_length, degrees), None) is not None:
+        return False
+    dp = world // (degrees["pp"] * degrees["cp"] * degrees["tp"])
+    return next(_batch_misfits(job, dp), None) is None
+
+
+def _shape_faults(model: ModelConfig, sequence_length: int, degrees: Degrees) -> Iterator[Fault]:
     """What the model refuses. Heads and widths must divide; layers, experts and chunks may be uneven, not empty."""
-    model = job.model
     for axis, widths in (("tp", _dense_widths(model)), ("etp", _expert_widths(model))):
         for name, width in widths.items():
             if width % degrees[axis]:
@@ -58,7 +67,7 @@ def _shape_faults(job: Job, degrees: Degrees) -> Iterator[Fault]:
         yield Fault("tp", "must divide or be a multiple of", f"model.num_key_value_heads={heads}")
     limits = {
         "pp": ("model.num_hidden_layers", model.num_hidden_layers),
-        "cp": ("data.sequence_length/2", max(1, job.data.sequence_length // 2)),  # a chunk from each end, balanced
+        "cp": ("data.sequence_length/2", max(1, sequence_length // 2)),  # a chunk from each end, balanced
         "ep": ("model.num_experts", model.num_experts),
     }
     for axis, (name, limit) in limits.items():
@@ -82,9 +91,9 @@ def _expert_widths(model: ModelConfig) -> dict[str, int]:
     return {"moe_intermediate_size": model.moe_intermediate_size} if has_experts else {}
 
 
-def _batch_misfits(job: Job, layout: Layout) -> Iterator[tuple[str, str]]:
+def _batch_misfits(job: Job, dp: int) -> Iterator[tuple[str, str]]:
     """A rank of dp needs a sequence, and where tokens are dropped a whole capacity group of them."""
-    batch, dp, whole = job.training.global_batch_size, layout.dp, job.model.capacity.whole_sequences
+    batch, whole = job.training.global_batch_size, job.model.capacity.whole_sequences
     micro, most = job.training.micro_batch_size, batch // whole
     if batch % whole:
         yield _parted("global_batch_size", batch, whole, dp * whole)

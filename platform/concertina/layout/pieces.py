@@ -84,7 +84,7 @@ class Cuts:
 
 @dataclass(frozen=True, eq=False)
 class Ownership:
-    """Who owns what of a model under a layout. `names`: all parameters in the model's order; each is in one of `cuts`."""
+    """Who owns what of a model under a layout. `names`: all parameters in order; each is in one of `cuts`."""
 
     names: tuple[str, ...]
     cuts: tuple[Cuts, ...]

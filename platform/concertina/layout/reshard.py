@@ -32,7 +32,7 @@ ABSENT = -1
 
 
 class Move(NamedTuple):
-    """`source` gives `target` (members) the elements `box` of parameter `name`, all kinds of state; equal: it has them."""
+    """Member `source` gives member `target` all kinds of state of `box`; where both are one, it has them already."""
 
     name: str
     box: Box

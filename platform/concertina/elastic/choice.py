@@ -1,0 +1,150 @@
+"""Which layout does a run take on the members it has, and who sits where?
+
+Pure: the same members and the same old seating give the same answer wherever they are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from math import lcm, log2
+from typing import TYPE_CHECKING
+
+from concertina.elastic.second_owners import place_seconds
+from concertina.errors import CapacityError
+from concertina.layout import Layout, Seating, check_job, check_trainable, fits
+from concertina.layout.refusals import divisors
+
+if TYPE_CHECKING:
+    from concertina.config import Job
+
+__all__ = ["choose_layout", "seat", "take_seats"]
+
+CHOSEN = ("tp", "etp", "ep")
+"""Axes that are chosen, the weightiest first: tp and etp cut heads and widths, ep only deals experts out."""
+
+
+def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
+    """The layout of the largest world that fits the job and has at most `members` ranks, and why it is that one.
+
+    Never more ranks than `cluster.num_workers`. Of the layouts of that world, the one whose degrees are the job's; else
+    the nearest below them (fewer cuts need less exchange, and more replicas), above them only where nothing else fits.
+    Memory is not looked at. Raises CapacityError without members, LayoutError where no world fits.
+    """
+    most = min(members, job.cluster.num_workers)
+    if most < 1:
+        raise CapacityError("no member is left to train on: add nodes and resume", members=members)
+    wanted = job.layout.model_dump(exclude={"sequence_parallel"})
+    check_trainable(Layout(wanted["pp"] * wanted["cp"], pp=wanted["pp"], cp=wanted["cp"]))
+    for world in range(most, 0, -1):
+        found = _nearest(job, world, wanted)
+        if found is not None:
+            return found, _why(found, wanted, most, members)
+    alone = {"layout": job.layout.model_copy(update=dict.fromkeys(CHOSEN, 1))}
+    check_job(job.model_copy(update={**alone, "cluster": job.cluster.model_copy(update={"num_workers": 1})}))
+    raise AssertionError("what one rank can train was not found")
+
+
+def _nearest(job: Job, world: int, wanted: Mapping[str, int]) -> Layout | None:
+    """The layout of `world` ranks that is nearest to the wanted degrees; None where none fits."""
+
+    def nearest(axis: str, left: int, others: Mapping[str, int]) -> Iterator[int]:
+        """Values of an axis that divide what is left of the world and fit, the nearest first."""
+        by_distance = sorted(divisors(left), key=lambda value: _distance(value, wanted[axis]))
+        return (value for value in by_distance if fits(job, world, {**others, axis: value}))
+
+    degrees = dict.fromkeys(("pp", "cp", *CHOSEN), 1)
+    # The grids are bound only by the world, the batch sees tp alone: one axis after the other finds the nearest of all.
+    for axis in CHOSEN:
+        value = next(nearest(axis, world // degrees["etp"] if axis == "ep" else world, degrees), None)
+        if value is None:
+            return None
+        degrees[axis] = value
+    return Layout(world, **degrees)
+
+
+def _distance(value: int, wanted: int) -> tuple[bool, float]:
+    return value > wanted, abs(log2(value / wanted))
+
+
+def _why(layout: Layout, wanted: Mapping[str, int], most: int, members: int) -> str:
+    """`world 3 (dp 3, tp 1, ep 1, etp 1): all 3 members; ep=2 does not fit`."""
+    degrees = ", ".join(f"{axis} {layout.degrees[axis]}" for axis in ("dp", *CHOSEN))
+    reasons = [f"all {members} members" if most == members else f"the job's {most} of {members} members"]
+    if layout.world < most:
+        reasons = [f"the largest that model and batch fit, of {most}"]
+    reasons += [f"{axis}={wanted[axis]} does not fit" for axis in CHOSEN if getattr(layout, axis) != wanted[axis]]
+    return f"world {layout.world} ({degrees}): {'; '.join(reasons)}"
+
+
+def seat(job: Job, nodes: Mapping[int, str], old: Seating | None) -> Seating:
+    """The seating of the members in `nodes` (member -> node) under the layout they can have.
+
+    Raises what `choose_layout` raises.
+    """
+    return take_seats(choose_layout(job, len(nodes))[0], nodes, old)
+
+
+def take_seats(layout: Layout, nodes: Mapping[int, str], old: Seating | None) -> Seating:
+    """Seat `layout.world` of the members in `nodes`, the others are spares; second owners as `place_seconds` has them.
+
+    Who held a rank keeps it where the layout stays and newcomers can fill the gaps; else ranks keep their order and
+    newcomers come after them. Ranks of a node are neighbours, so that lanes of tp and etp stay inside it.
+    """
+    order = _in_order(nodes, old)
+    chosen = _chosen(layout, order, nodes, old)
+    seats = [member for member in order if member in chosen]
+    if old is not None and old.layout == layout:
+        kept = _in_old_seats(seats, nodes, old)
+        if _runs(kept, nodes) <= _runs(seats, nodes):
+            seats = kept
+    spares = tuple(member for member in order if member not in chosen)
+    return Seating(layout, tuple(seats), place_seconds([nodes[member] for member in seats]), spares)
+
+
+def _in_order(nodes: Mapping[int, str], old: Seating | None) -> list[int]:
+    """All members: nodes by their first rank (those without one after, by their first member), ranks in order."""
+
+    def key(member: int) -> tuple[bool, int]:
+        rank = None if old is None else old.rank_of(member)
+        return (True, member) if rank is None else (False, rank)
+
+    first: dict[str, tuple[bool, int]] = {}
+    for member in nodes:
+        first[nodes[member]] = min(first.get(nodes[member], (True, member)), key(member))
+    return sorted(nodes, key=lambda member: (first[nodes[member]], key(member)))
+
+
+def _chosen(layout: Layout, order: list[int], nodes: Mapping[int, str], old: Seating | None) -> set[int]:
+    """Who gets a rank: who has state before who has none, then who fills up whole blocks of lanes in a node."""
+    block, seen = lcm(layout.tp, layout.etp), dict.fromkeys(nodes.values(), 0)
+    newcomers = {member for member in order if old is None or old.rank_of(member) is None}
+    count = dict(seen)
+    for member in order:
+        count[nodes[member]] += 1
+    keys: dict[int, tuple[bool, bool, int]] = {}
+    for place, member in enumerate(order):
+        node = nodes[member]
+        keys[member] = (member in newcomers, seen[node] >= count[node] // block * block, place)
+        seen[node] += 1
+    return set(sorted(order, key=keys.__getitem__)[: layout.world])
+
+
+def _in_old_seats(seats: list[int], nodes: Mapping[int, str], old: Seating) -> list[int]:
+    """Who had a rank keeps it, the others fill the gaps: best on the node of the rank before or after."""
+    at = {rank: member for member in seats if (rank := old.rank_of(member)) is not None}
+    waiting: dict[str, list[int]] = {}
+    for member in seats:
+        if old.rank_of(member) is None:
+            waiting.setdefault(nodes[member], []).append(member)
+    for rank in range(old.layout.world):
+        if rank not in at:
+            beside = [nodes[at[near]] for near in (rank - 1, rank + 1) if near in at]
+            node = next((node for node in beside if waiting.get(node)), next(n for n, who in waiting.items() if who))
+            at[rank] = waiting[node].pop(0)
+    return [at[rank] for rank in range(old.layout.world)]
+
+
+def _runs(seats: list[int], nodes: Mapping[int, str]) -> int:
+    """How often the node changes from rank to rank: least where each node's ranks are neighbours."""
+    return sum(nodes[a] != nodes[b] for a, b in pairwise(seats))
