@@ -94,6 +94,13 @@ class Book:
                 if record["step"] <= step and "validation_loss" in record:
                     self._on_evaluated(Evaluated(record["step"], record["validation_loss"]))
 
+    def go_back(self, step: int) -> None:
+        """Steps after this one are void: they are done again."""
+        with self._mutex:
+            self.event(EventType.ROLLBACK, self.step, to_step=step)
+            self.step = step
+            self._written |= {EventType.STEP: step, EventType.EVAL: step}
+
     @property
     def recorded(self) -> int:
         """The newest committed step that is written down."""
@@ -154,9 +161,8 @@ class Book:
         self.event(EventType.ANOMALY, message.step, kind=message.anomaly, action=message.action, detail=message.detail)
 
     def _on_rolled_back(self, message: RolledBack) -> None:
-        self.step = message.to_step
-        self._written |= {EventType.STEP: message.to_step, EventType.EVAL: message.to_step}
-        self.event(EventType.ROLLBACK, message.from_step, to_step=message.to_step)
+        self.step = message.from_step
+        self.go_back(message.to_step)
 
     def _on_finished(self, message: Finished) -> None:
         self.finished[message.rank] = message

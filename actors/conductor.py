@@ -26,7 +26,6 @@ from actors.wishes import Wishes
 from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import (
-    Control,
     Finished,
     Formed,
     Halted,
@@ -34,7 +33,6 @@ from concertina.elastic.messages import (
     Prepared,
     RankError,
     decode,
-    encode,
 )
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
@@ -101,7 +99,7 @@ class Conductor:
         shortage = self.regrouping.generations.shortage
         return "; ".join(text for text in (shortage.reason if shortage else "", self.recruiter.waiting) if text)
 
-    # -- callbacks of the channel's thread --------------------------------------------------------------------------
+    # -- callbacks of the channel's thread ----------------------------------------------------------------------------
 
     def _heard(self, member: int, document: dict[str, Any]) -> None:
         try:
@@ -234,7 +232,7 @@ class Conductor:
         if waiting and now - self._short_since > bound_s:
             raise CapacityError(f"gave up after {bound_s:.0f} s {waiting}")
 
-    # -- a coordinator that restarts ------------------------------------------------------------------------------------
+    # -- a coordinator that restarts ----------------------------------------------------------------------------------
 
     def _reattach(self) -> None:
         """Find the members of this session again, by name, and tell them where the channel is now."""
@@ -262,7 +260,13 @@ class Conductor:
 
     def end(self) -> None:
         """Give everything back. One thing that fails keeps none of the others."""
-        give_backs = (self.recruiter.withdraw, self._release, self.server.close, self._close_tracking, self.events.close)
+        give_backs = (
+            self.recruiter.withdraw,
+            self._release,
+            self.server.close,
+            self._close_tracking,
+            self.events.close,
+        )
         for give_back in give_backs:
             try:
                 give_back()

@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from concertina.layout import Seating
 from concertina.parallel.groups import make_store
 from concertina.state.manifest import list_checkpoints, read_manifest
 from concertina.track.events import EventType
+from concertina.track.recovery import Cause, MemberNews, MemberWhat, Recovery
 
 __all__ = ["Regrouping"]
 
@@ -43,6 +44,7 @@ class Change:
 
     cause: str
     losses: list[Loss]
+    before: Seating | None
     began_s: float = field(default_factory=time.monotonic)
     halted_s: float = 0.0
     formed: dict[int, Formed] = field(default_factory=dict)
@@ -85,19 +87,22 @@ class Regrouping:
     def arrive(self, member: int, node: str) -> None:
         self.generations.arrive(member, node)
         self._unseated_since = self._unseated_since or time.monotonic()
-        self.book.event(EventType.MEMBER, member=member, node=node, what="ready", reason="")
+        self._tell_member(MemberNews(member, MemberWhat.READY, node))
 
     def lose(self, losses: list[Loss]) -> None:
         """Go on without them, at once."""
         for loss in losses:
-            data = {"member": loss.member, "node": loss.node, "what": "lost", "reason": str(loss)}
-            self.book.event(EventType.MEMBER, self.book.step, **data)
+            self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
+        seating = self.generations.seating
         orders = self.generations.lose([loss.member for loss in losses])
         if orders or self.generations.shortage:
-            before = self._change.losses if self._change else []
-            self._change = Change("loss", [*before, *losses], self._change.began_s if self._change else time.monotonic())
+            self._change = self._change or Change("loss", [], seating)
+            self._change.losses += losses
             self.book.move(RunEvent.LOSS, "; ".join(map(str, losses)))
         self._do(orders)
+
+    def _tell_member(self, news: MemberNews) -> None:
+        self.book.event(EventType.MEMBER, self.book.step, **news.to_json())
 
     def hear(self, message: Message) -> None:
         match message:
@@ -128,19 +133,19 @@ class Regrouping:
         generations, now = self.generations, time.monotonic()
         if self.asked_to_stop and generations.shortage is None:
             return
-        if not generations.possible and generations.coming is None or generations.shortage:
+        if (not generations.possible and generations.coming is None) or generations.shortage:
             if self._enough(now):
-                self._change = self._change or Change("start", [])
+                self._change = self._change or Change("start", [], None)
                 self._do(generations.begin())
             return
         if not generations.is_settled:
             return
         if self._stuck(now):
-            self._change = Change("the network between members broke", [])
+            self._change = Change("network", [], generations.seating)
             self.book.move(RunEvent.LOSS, "the network between members broke")
             self._do(generations.begin())
         elif self._grows(now):
-            self._change = Change("join", [])
+            self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
 
     def _enough(self, now: float) -> bool:
@@ -226,7 +231,7 @@ class Regrouping:
         self._write_journal()  # before anybody can have adopted it
         saved = max(self.book.newest_checkpoint(), self.plan.resume_step)
         evaluated = max(order.move.evaluated, self.plan.resume_step if order.move.source is None else 0)
-        self._tell(order, _with(order.move, saved=saved, evaluated=evaluated))
+        self._tell(order, replace(order.move, saved=saved, evaluated=evaluated))
         self._expect("form")
 
     def _restore(self) -> None:
@@ -239,7 +244,6 @@ class Regrouping:
         step = read_manifest(folder).step if folder is not None else 0
         if self.generations.possible:
             log.warning("the state is not complete among who is left: back to step %d", step)
-            self.book.event(EventType.ROLLBACK, self.book.step, to_step=step)
             self.book.go_back(step)
         restore = Restore(None if folder is None else str(folder), step)
         self._do(self.generations.restore(restore))
@@ -272,22 +276,28 @@ class Regrouping:
             return
         moved = [formed.moved_bytes for formed in change.formed.values()]
         first = change.losses[0] if change.losses else None
-        self.book.event(
-            EventType.RECOVERY,
-            step,
-            cause={
-                "member": first.member if first else None,
-                "node": first.node if first else None,
-                "reason": first.reason.value if first else change.cause,
-            },
-            phases={"halt_s": change.halted_s - change.began_s, "move_s": now - change.halted_s},
-            seconds=now - change.began_s,
+        cause = Cause(change.cause)
+        if first is not None:
+            rank = change.before.rank_of(first.member) if change.before is not None else None
+            cause = Cause(first.reason.value, first.member, rank, first.node)
+        prepare_s = max((formed.seconds["prepare_s"] for formed in change.formed.values()), default=0.0)
+        recovery = Recovery(
+            generation=self.book.generation,
+            cause=cause,
+            world_before=change.before.layout.world if change.before is not None else 0,
+            world_after=layout.world,
             step=step,
+            stall_s=now - change.began_s,
+            phases={
+                "halt_s": change.halted_s - change.began_s,
+                "prepare_s": prepare_s,
+                "move_s": now - change.halted_s,
+            },
             bytes_local=sum(found.get("local", 0) for found in moved),
             bytes_moved=sum(found.get("moved", 0) for found in moved),
-            world=layout.world,
             layout=layout.degrees,
         )
+        self.book.event(EventType.RECOVERY, step, **recovery.to_json())
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 
@@ -312,7 +322,7 @@ class Regrouping:
         text = f"not done within {BOUNDS[bound].seconds:g} s: {bound}"
         return [Loss(member, nodes.get(member, ""), Reason.LATE, text) for member in late]
 
-    # -- a coordinator that restarts ------------------------------------------------------------------------------------
+    # -- a coordinator that restarts ----------------------------------------------------------------------------------
 
     def reattach(self, present: dict[int, str], at_work: dict[int, int]) -> None:
         """Take over the generations an earlier coordinator left: go on when everybody of the newest is at work in it,
@@ -329,11 +339,5 @@ class Regrouping:
             generations.possible = {newest: seating}
             self.book.sit(newest, seating.layout.world, 0)
             return
-        self._change = Change("the coordinator restarted", [])
+        self._change = Change("coordinator", [], seating)
         self._do(generations.begin())
-
-
-def _with(move: Any, **changes: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(move, **changes)

@@ -69,7 +69,7 @@ class Trainer:
         if self._last_word is not None:
             self.link.client.send(self._last_word)
 
-    # -- the supervisor's thread ------------------------------------------------------------------------------------
+    # -- the supervisor's thread --------------------------------------------------------------------------------------
 
     def hear(self, document: dict[str, Any]) -> None:
         """One order of the coordinator. Waits for nothing."""
@@ -122,7 +122,7 @@ class Trainer:
             log.info("%s", finished.reason)
             if self.link.orphaned and self.engine.rank == 0:
                 self._write_last_words(finished.step)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - `_break` sorts them
             self._break(move, error)
         finally:
             self.at_work_in = -1
@@ -164,12 +164,13 @@ class Trainer:
     def _leave(self) -> None:
         if self._current is not None:
             self._current.fence()
-            self.engine.leave()
+            self.engine.adopt(None)
             self._current = None
 
     def _move(self, move: Move, coming: Preparation) -> dict[str, int]:
         """State from members that have it. Bytes moved, by how far."""
-        assert move.seating is not None and coming.crowd is not None
+        assert move.seating is not None
+        assert coming.crowd is not None
         nodes = {int(member): node for member, node in move.nodes.items()}
         old, member = Seating.from_json(move.seating), self.seat.member
         plan = plan_moves(self.seat.plan.job.model, old, coming.seating, move.present, nodes, only=member)
@@ -196,7 +197,7 @@ class Trainer:
     def _adopt(self, move: Move, coming: Preparation) -> None:
         former, self._current = self._current, coming if coming.share is not None else None
         if coming.share is None:
-            self.engine.leave()
+            self.engine.adopt(None)
         elif former is not coming:
             self.engine.adopt(coming.share)
         self._verified = None
@@ -212,7 +213,7 @@ class Trainer:
         assert self._current is not None
         write_last_words(self.seat.plan, self._current.generation, step, facts, unheard)
 
-    # -- it is over -----------------------------------------------------------------------------------------------------
+    # -- it is over ---------------------------------------------------------------------------------------------------
 
     def _break(self, move: Move, error: Exception) -> None:
         """The generation is over for this member: by its own fault, or because the network or a newer one says so."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from concertina.elastic.blame import Blame
 
 from actors.book import Book
 from actors.evidence import Evidence
 from actors.hands import Member
-from concertina.elastic.blame import Blame
 from concertina.elastic.channel.server import Silence
 from concertina.elastic.messages import Finished, RankError
 from concertina.elastic.waits import BOUNDS

@@ -11,7 +11,7 @@ from concertina.layout import Layout, kv_copies
 from concertina.train.engine import Engine
 from tests.distributed import form, seat
 
-__all__ = ["Drop", "TinyView", "engine_on", "plainest", "record_drops", "seated_engine", "tiny_job"]
+__all__ = ["Drop", "TinyView", "engine_on", "plainest", "record_drops", "seated_engine", "tiny_job", "unconfigured"]
 
 Drop = tuple[str, int, int, int, int]
 """Router, sequence, position, number of the choice, expert."""
@@ -111,7 +111,7 @@ def record_drops(engine: Engine) -> set[Drop]:
     return drops
 
 
-def _unconfigured(job: Job) -> Engine:
+def unconfigured(job: Job) -> Engine:
     torch.set_num_threads(1)  # tensors this small only lose by threads
     length, vocabulary = job.data.sequence_length, job.model.vocab_size
     views = (TinyView(61, length, vocabulary), TinyView(9, length, vocabulary))
@@ -120,13 +120,13 @@ def _unconfigured(job: Job) -> Engine:
 
 def engine_on(job: Job, layout: Layout, rank: int, store: Any) -> Engine:
     """A configured engine of one rank."""
-    engine = _unconfigured(job)
+    engine = unconfigured(job)
     engine.configure(layout, rank, form(layout, rank, store, kv_lanes=kv_copies(job.model, layout.tp)))
     return engine
 
 
 def seated_engine(job: Job, layout: Layout, rank: int) -> Engine:
     """A rank's engine without its peers: it has all its state, and nobody to compute with."""
-    engine = _unconfigured(job)
+    engine = unconfigured(job)
     engine.configure(layout, rank, seat(layout, rank, kv_copies(job.model, layout.tp)))
     return engine

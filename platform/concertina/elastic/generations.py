@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+
 from concertina.elastic.messages import Halted, Move
 from concertina.errors import ConcertinaError
 from concertina.layout import Seating
@@ -18,7 +19,7 @@ from concertina.layout import Seating
 __all__ = ["Coming", "Generations", "Order", "OrderKind", "Restore", "Shortage"]
 
 Seat = Callable[[dict[int, str], Seating | None], Seating]
-"""Seats these members (to the node of each); the second argument holds the state. Raises ConcertinaError if none fits."""
+"""Seats members (to the node of each); the second argument holds the state. Raises ConcertinaError if none fits."""
 
 
 class OrderKind(StrEnum):

@@ -209,19 +209,6 @@ def reduce_scatter_v(rows_QD: Tensor, sizes: list[int], group: Group) -> Pending
     return Pending(lambda: carried(rows_QD, scattering.finish(), back))
 
 
-def exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: Group) -> Pending:
-    """Minimal stand-in."""
-    works = [group.backend.recv([x], source, 7) for x, source in receives]
-    works += [group.backend.send([x], target, 7) for x, target in sends]
-
-    def finish() -> Tensor:
-        for work in works:
-            work.wait()
-        return torch.empty(0)
-
-    return Pending(finish)
-
-
 def _row_bytes(rows: Tensor) -> int:
     return rows.shape[1:].numel() * rows.element_size()
 

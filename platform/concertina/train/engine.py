@@ -92,13 +92,13 @@ class Engine:
         assert groups.rank == rank, "groups were formed for another rank"
         return Share(self.job, seating, groups, values, self.device)
 
-    def adopt(self, share: Share, publish: bool = True) -> None:
-        """Go on with `share`, and let go of the one before. Collective over the world where state was moved in: weights
-        go round. Should that fail, the share is current all the same and holds all its state. Without `publish` its
-        state is all that counts: no step is computed on it."""
-        assert share.filled, "state is moved in before a share is adopted"
+    def adopt(self, share: Share | None, publish: bool = True) -> None:
+        """Go on with `share` (None: as a spare, with nothing), and let go of the one before. Collective over the world
+        where state was moved in: weights go round. Should that fail, the share is current all the same and holds all
+        its state. What is under way in the one before is over: `settle` or `Share.abandon` has been called."""
+        assert share is None or share.filled, "state is moved in before a share is adopted"
         self._share, self._gradients = share, None
-        if share.weights_due and publish:
+        if share is not None and share.weights_due and publish:
             share.weights_due = False
             share.optimizer.publish()
 
@@ -121,7 +121,7 @@ class Engine:
 
         Members that have no state learn steps, tokens and the recent past too. Raises StateError on every member when
         not all arrived as it was sent, or members that hold state stand at different steps; current shares are as
-        they were. `verified` is called when `new` has its state; once this returns anywhere, it has been called everywhere.
+        they were. `verified` is called when `new` has its state; when this has returned anywhere, it was called everywhere.
         """
         old = self._share
         own = (self._facts_alike(), old.held_alike()) if old is not None and old.filled else None
@@ -146,14 +146,11 @@ class Engine:
             before_vote=before_vote,
         )
 
-    def leave(self) -> None:
-        """Hold nothing any more."""
-        self._share, self._gradients = None, None
-
     def fill_seconds(self) -> TransferReport | None:
         """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over
         the world; None where nobody is second owner."""
-        seating, member = self.share.seating, self.share.member
+        seating = self.share.seating
+        member = seating.members[self.rank]
         if all(second is None for second in seating.seconds):
             return None
         firsts_only = Seating(seating.layout, seating.members, (None,) * seating.layout.world)

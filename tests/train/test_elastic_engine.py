@@ -1,0 +1,257 @@
+"""Does a run that loses members, gets new ones and changes its layout compute what one process computes?
+
+The engines stay in their processes; no checkpoint is ever written, so there is no storage to read from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from concertina.config import Job
+from concertina.layout import Layout
+from tests.distributed import on_ranks
+from tests.train.generations import Life, Stage, live, on_nodes
+from tests.train.worlds import engine_on, tiny_job
+
+pytestmark = pytest.mark.dist
+
+JOB = tiny_job(training__steps=16, model__router_bias_update_rate=0.01)
+LOSS_BOUND, STATE_BOUND = 1e-10, 1e-8
+
+ALL = {0: "a", 1: "a", 2: "b", 3: "b"}
+
+
+def without(*lost: int, joined: tuple[int, ...] = ()) -> dict[int, str]:
+    return {member: node for member, node in ALL.items() if member not in lost} | dict.fromkeys(joined, "c")
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    """One process, uninterrupted."""
+    engine = engine_on(JOB, Layout(1), 0, None)
+    losses = {step: engine.train_step(step).loss for step in range(1, JOB.training.steps + 1)}
+    return {
+        "losses": losses,
+        "tokens": engine.tokens,
+        "watch": engine.watch.state(),
+        "state": {key: boxed.piece.numpy().copy() for key, boxed in engine.state().items()},
+    }
+
+
+def deviation(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> tuple[float, float]:
+    """The largest relative one of any loss, and the largest of any element of state, on any member."""
+    losses = [
+        abs(loss - reference["losses"][step]) / reference["losses"][step]
+        for found in ranks
+        for step, loss in found["losses"].items()
+    ]
+    states = [
+        np.abs(piece - reference["state"][key][box.slices()]).max()
+        for found in ranks
+        for key, (box, piece) in found.get("state", {}).items()
+    ]
+    return max(losses), float(max(states))
+
+
+def check(results: list[dict[str, Any]], stages: list[Stage], reference: dict[str, Any]) -> None:
+    """Every loss, and the state at the end: first owners', second owners' and what all hold alike."""
+    last = stages[-1].seating
+    ranks = [results[member] for member in last.members]
+    loss, state = deviation(ranks, reference)
+    assert loss < LOSS_BOUND
+    assert state < STATE_BOUND
+    seen: dict[str, int] = {}
+    for found in ranks:
+        assert found["applied"] == found["updates"] == JOB.training.steps
+        assert found["tokens"] == reference["tokens"]
+        assert found["watch"]["seen"] == 0
+        assert all(updates == JOB.training.steps for updates in found["copy_updates"])
+        for key, (_, piece) in found["state"].items():
+            seen[key] = seen.get(key, 0) + piece.size
+        for key, bias in found["biases"].items():
+            np.testing.assert_array_equal(bias, reference["state"][key])
+    assert seen == {key: whole.size for key, whole in reference["state"].items()}
+    check_copies(ranks)
+    steps = {step for found in results for step in found["losses"]}
+    assert steps == set(range(1, JOB.training.steps + 1)), "every step once, by whoever was there"
+
+
+def check_copies(ranks: list[dict[str, Any]]) -> None:
+    """Second copies are first ones to the bit, and each has one."""
+    firsts = {
+        (key, box): piece
+        for found in ranks
+        for key, (box, piece) in found["state"].items()
+        if not key.startswith("buffer/")
+    }
+    copies = [each for found in ranks for each in found["copies"]]
+    for key, box, piece in copies:
+        np.testing.assert_array_equal(piece, firsts[key, box])
+    assert len(copies) == (len(firsts) if len(ranks) > 1 else 0)
+
+
+def run(stages: list[Stage], job: Job = JOB, tamper: Any = None) -> list[dict[str, Any]]:
+    members = 1 + max(member for stage in stages for member in stage.seating.roster)
+    return on_ranks(live, members, job, stages, tamper)
+
+
+# -- a member is lost ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+@pytest.mark.parametrize("fault", ["computing", "summed", "some"])
+def test_any_member_is_lost_at_any_moment(lost: int, fault: str, reference: dict[str, Any]) -> None:
+    behind = tuple(member for member in ALL if member != lost)[: 1 + lost % 2] if fault == "some" else ()
+    stages = [
+        Stage(on_nodes(Layout(4, ep=2), ALL), 6, (lost,), fault, behind),
+        Stage(on_nodes(Layout(3, ep=3), without(lost)), 16),
+    ]
+    results = run(stages)
+    check(results, stages, reference)
+    assert [results[member]["completed"] for member in behind] == [[7] for _ in behind]
+    if fault != "some":
+        assert all(not found["completed"] for found in results)
+
+
+@pytest.mark.parametrize("lost", [(0, 1), (2, 3)])
+@pytest.mark.parametrize("fault", ["computing", "some"])
+def test_a_node_is_lost(lost: tuple[int, int], fault: str, reference: dict[str, Any]) -> None:
+    behind = tuple(member for member in ALL if member not in lost)[:1] if fault == "some" else ()
+    stages = [
+        Stage(on_nodes(Layout(4, tp=2, ep=4), ALL), 5, lost, fault, behind),
+        Stage(on_nodes(Layout(2, ep=2), without(*lost)), 16),
+    ]
+    check(run(stages), stages, reference)
+
+
+def test_the_last_one_goes_on_alone(reference: dict[str, Any]) -> None:
+    stages = [
+        Stage(on_nodes(Layout(2, ep=2), {0: "a", 1: "b"}), 5, (0,), "summed"),
+        Stage(on_nodes(Layout(1), {1: "b"}), 9),
+        Stage(on_nodes(Layout(2), {1: "b", 2: "a"}), 16),
+    ]
+    check(run(stages), stages, reference)
+
+
+# -- growing, spares, other layouts --------------------------------------------------------------------------------
+
+
+def test_a_member_joins(reference: dict[str, Any]) -> None:
+    stages = [
+        Stage(on_nodes(Layout(3, ep=3), without(3)), 6),
+        Stage(on_nodes(Layout(4, ep=2), ALL), 16),
+    ]
+    results = run(stages)
+    check(results, stages, reference)
+    assert results[3]["reports"][0]["bytes_sent"] == 0
+    assert results[3]["reports"][0]["bytes_received"] > 0
+
+
+def test_a_member_becomes_a_spare_and_comes_back(reference: dict[str, Any]) -> None:
+    stages = [
+        Stage(on_nodes(Layout(4, ep=4), ALL), 4),
+        Stage(on_nodes(Layout(3), without(3), spares=(3,)), 8, (1,), "some", (2,)),
+        Stage(on_nodes(Layout(3, ep=3), without(1)), 16),
+    ]
+    results = run(stages)
+    check(results, stages, reference)
+    assert results[3]["reports"][0]["bytes_received"] == 0
+
+
+PAIRS = [
+    (Layout(4, tp=2, ep=2), Layout(4, ep=4)),
+    (Layout(4, ep=2, etp=2), Layout(4, tp=4)),
+    (Layout(4, tp=4, ep=4), Layout(3, ep=3)),
+    (Layout(3), Layout(4, tp=2, ep=2, etp=2)),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
+def test_there_and_back_is_the_same_to_the_bit(first: Layout, second: Layout) -> None:
+    """State goes to another layout and back, with no step between."""
+    seat = {layout: on_nodes(layout, dict(list(ALL.items())[: layout.world])) for layout in (first, second)}
+    there = run([Stage(seat[first], 4)])
+    back = run([Stage(seat[first], 4), Stage(seat[second], 4), Stage(seat[first], 4)])
+    for member in range(first.world):
+        assert back[member]["state"].keys() == there[member]["state"].keys()
+        for key, (box, piece) in there[member]["state"].items():
+            assert back[member]["state"][key][0] == box
+            np.testing.assert_array_equal(back[member]["state"][key][1], piece, err_msg=key)
+
+
+def test_a_new_generation_of_the_same_layout_changes_no_bit() -> None:
+    seat = on_nodes(Layout(4, tp=2, ep=4), ALL)
+    at_once = run([Stage(seat, 16)])
+    moved = run([Stage(seat, 5), Stage(seat, 11, (), "summed"), Stage(seat, 16)])
+    for one, other in zip(at_once, moved, strict=True):
+        assert one["losses"] == other["losses"]
+        for key, (_, piece) in one["state"].items():
+            np.testing.assert_array_equal(other["state"][key][1], piece, err_msg=key)
+
+
+FIVE = [
+    Stage(on_nodes(Layout(4, ep=2), ALL), 3, (3,), "some", (1,)),
+    Stage(on_nodes(Layout(3, ep=3), without(3)), 6),
+    Stage(on_nodes(Layout(4, tp=2, ep=2), without(3, joined=(4,))), 8, (0,), "computing"),
+    Stage(on_nodes(Layout(3), without(0, 3, joined=(4,))), 11, (4,), "summed"),
+    Stage(on_nodes(Layout(2, tp=2, etp=2), without(0, 3)), 13),
+    Stage(on_nodes(Layout(3, ep=3), without(0, 3, joined=(5,))), 16),
+]
+
+
+def test_five_reconfigurations(reference: dict[str, Any]) -> None:
+    results = run(FIVE)
+    check(results, FIVE, reference)
+    assert results[1]["completed"] == [4]
+
+
+# -- mutations: each breaks something, and the comparison must see it -----------------------------------------------
+
+
+def stale_moment(life: Life, number: int) -> None:
+    if number == 1:
+        life.engine.optimizer.views()["embedding.weight"][1][1].mul_(0.9)
+
+
+def missing_second_update(life: Life, number: int) -> None:
+    """The copies leave out step 5."""
+    if number == 0:
+        seconds = life.engine.share.seconds
+        apply = seconds.apply
+        seconds.apply = lambda *how: apply(*how) if life.engine.optimizer.updates != 5 else None  # type: ignore[method-assign]
+
+
+def wrong_divisor(life: Life, number: int) -> None:
+    """The tokens of the old world."""
+    if number == 1:
+        agree = life.engine._agree
+
+        def agreed(vector: Any) -> list[float]:
+            totals = agree(vector)
+            totals[4] *= 3 / 4
+            return totals
+
+        life.engine._agree = agreed  # type: ignore[method-assign]
+
+
+def skipped_sequence(life: Life, number: int) -> None:
+    if number == 1:
+        batch = life.engine.sampler.batch
+        life.engine.sampler.batch = lambda step: [*batch(step)[1:], batch(step)[1]]  # type: ignore[method-assign]
+
+
+LOSS_OF_ONE = [
+    Stage(on_nodes(Layout(4, ep=2), ALL), 6, (3,), "computing"),
+    Stage(on_nodes(Layout(3, ep=3), without(3)), 16),
+]
+
+
+@pytest.mark.parametrize("tamper", [stale_moment, missing_second_update, wrong_divisor, skipped_sequence])
+def test_a_mutation_is_seen(tamper: Any, reference: dict[str, Any]) -> None:
+    results = run(LOSS_OF_ONE, tamper=tamper)
+    loss, state = deviation(results[:3], reference)
+    assert loss > 100 * LOSS_BOUND
+    assert state > 100 * STATE_BOUND
