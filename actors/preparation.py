@@ -18,7 +18,7 @@ from concertina.parallel.failures import in_one_line
 from concertina.parallel.fence import Wires
 from concertina.parallel.groups import Group, GroupOptions, Groups, connect_store, form_crowd, form_groups
 from concertina.train.engine import Engine
-from concertina.train.share import Share
+from concertina.train.share import Share, Values
 
 __all__ = ["NotPrepared", "Preparation"]
 
@@ -40,7 +40,7 @@ class Preparation:
         self.groups: Groups | None = None
         self.share: Share | None = None
         self.seconds = 0.0
-        self._store = tuple(order.store)
+        self._host, self._port = order.store
         self._engine, self._options = engine, options
         self.wires = Wires()
         self._error: Exception | None = None
@@ -64,13 +64,13 @@ class Preparation:
             self._done.set()
 
     def _prepare(self) -> None:
-        store = connect_store(*self._store, BOUNDS["collective"].timedelta)
+        store = connect_store(self._host, self._port, BOUNDS["collective"].timedelta)
         roster = self.seating.roster
         self.crowd = form_crowd(roster.index(self.member), len(roster), store, self._options, self.wires)
         if self.rank is not None:
             lanes = kv_copies(self._engine.job.model, self.seating.layout.tp)
             self.groups = form_groups(self.seating.layout, self.rank, store, self._options, lanes, self.wires)
-            values = "initial" if self.fresh else "empty"
+            values: Values = "initial" if self.fresh else "empty"
             self.share = self._engine.prepare(self.seating, self.rank, self.groups, values)
 
     def wait(self) -> None:

@@ -206,7 +206,7 @@ class Generations:
         holding = [report for report in self.reports.values() if report.generation in self.possible]
         if not holding:
             found = self._restore
-            return found and Move(coming.number, checkpoint=found.checkpoint, step=found.step)
+            return None if found is None else Move(coming.number, checkpoint=found.checkpoint, step=found.step)
         source = max(report.generation for report in holding)
         self.possible = {number: seating for number, seating in self.possible.items() if number >= source}
         seating = self.possible[source]

@@ -100,6 +100,7 @@ class Loop:
         while self.engine.applied < last:
             outcome = self._step(self.engine.applied + 1)
             if outcome == "regroup":
+                self.engine.settle()
                 return None
             if outcome is not None:
                 reason = outcome
