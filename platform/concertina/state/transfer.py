@@ -86,17 +86,18 @@ class _Piece:
 
 
 class _Stream:
-    """What goes to or comes from one member, in order, a bounded part at a time; and the checksum of what has gone."""
+    """What goes to or comes from one member, in order, a bounded part at a time. `signature` is of what is planned,
+    `checksum` of what has gone."""
 
     def __init__(self) -> None:
         self.pieces: list[_Piece] = []
-        self.size = 0
-        self.checksum = 0
+        self.size = self.signature = self.checksum = 0
 
     def add(self, key: int, view: Tensor, limit: int) -> None:
         for number, part in enumerate(_cut(view, limit)):
             self.pieces.append(_Piece(key + number, part))
             self.size += part.numel()
+            self.signature = (self.signature * _FACTOR + key + part.numel()) % _MODULUS
 
     def rounds(self, limit: int) -> list[list[_Piece]]:
         """Pieces of each round; the same on both ends, which know the same sizes."""
@@ -198,19 +199,21 @@ class _Transfer:
                 target.copy_(source)
                 self.bytes_local += source.nbytes
 
-    def _sizes(self) -> None:
-        """Every sender tells every receiver how much comes: both have planned alike, or nothing is sent."""
-        sizes = torch.tensor([[stream.size] for stream in self.sending.values()], dtype=torch.int64)
-        said = self._swap(sizes.to(self.like.device))[:, 0].tolist()
-        for position, size in enumerate(said):
-            if size != self.receiving[position].size:
+    def _compare_plans(self) -> None:
+        """Every sender tells every receiver what comes: both have planned alike, or nothing is sent. (Gloo ends a
+        process that gets more than it expects.)"""
+        own = torch.tensor([[stream.size, stream.signature] for stream in self.sending.values()], dtype=torch.int64)
+        for position, (size, signature) in enumerate(self._swap(own.to(self.like.device)).tolist()):
+            stream = self.receiving[position]
+            if (size, signature) != (stream.size, stream.signature):
+                alike = "the same" if size == stream.size else str(stream.size)
                 self.faults.append(
-                    f"member {self.roster[position]} sends {size} elements to member {self.member}, "
-                    f"which plans {self.receiving[position].size}"
+                    f"member {self.roster[position]} plans to send {size} elements to member {self.member}, "
+                    f"which plans for {alike} {'in another order' if size == stream.size else ''}".rstrip()
                 )
 
     def _move(self, limit: int) -> int:
-        self._sizes()
+        self._compare_plans()
         leaving = [stream.rounds(limit) for stream in self.sending.values()]
         coming = [stream.rounds(limit) for stream in self.receiving.values()]
         mine = max(len(rounds) for rounds in (*leaving, *coming))
