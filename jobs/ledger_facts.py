@@ -55,8 +55,8 @@ def ledger_lines(summary: RunSummary) -> Iterator[str]:
     if account.missing_s > 0:
         yield f"  {label:<12} {'(ranks missing)':<22} {account.missing_s:>12,.1f} s"
     if not account.is_balanced:
-        unexplained = f"{account.share(Bucket.OTHER):.2%} of it is unexplained"
-        yield f"  {label:<12} the buckets miss the wall clock by {account.imbalance:+.2%}, {unexplained}: do not trust them"
+        off, unexplained = f"{account.imbalance:+.2%}", f"{account.share(Bucket.OTHER):.2%} of it is unexplained"
+        yield f"  {label:<12} the buckets miss the wall clock by {off}, {unexplained}: do not trust them"
 
 
 def goodput_line(summary: RunSummary) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from jobs.output import Output, OutputOption, next_commands, print_json
 
-__all__ = ["train"]
+__all__ = ["print_summary", "train"]
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
     code, reason = run_session(prepared, place, progress)
     if code not in (0, 103):
         _root_cause(prepared.folder)
-    _summary(prepared.folder, reason, output)
+    print_summary(prepared.folder, reason, output)
     if code:
         sys.exit(code)
 
@@ -84,7 +84,8 @@ def _root_cause(folder: Any) -> None:
         sys.stderr.write(f"\nrank {errors[-1].data['rank']}, log in {folder.logs}:\n{errors[-1].data['traceback']}\n")
 
 
-def _summary(folder: Any, reason: str, output: Output) -> None:
+def print_summary(folder: Any, reason: str, output: Output) -> None:
+    """How a run ended, from its folder."""
     from concertina.track.summary import summarize
     from jobs.ledger_facts import goodput_line
     from jobs.progress import format_seconds, format_tokens

@@ -285,7 +285,7 @@ def test_processes_one_of_which_is_killed() -> None:
         processes.append(process)
     killed, heard, unexplained = False, 0, []
     try:
-        while pipes and heard < 220:
+        while pipes and heard < 120:
             for pipe in wait(list(pipes), timeout=30):
                 assert isinstance(pipe, Connection)
                 try:
@@ -295,9 +295,9 @@ def test_processes_one_of_which_is_killed() -> None:
                     continue
                 heard += 1
                 ledger.report(pipes[pipe], time.monotonic(), totals, Bucket(inside))
-                if heard > 170:
+                if heard > 80:
                     unexplained.append(ledger.account(time.monotonic()).share(Bucket.OTHER))
-                if heard > 100 and not killed:
+                if heard > 50 and not killed:
                     killed = True
                     assert processes[0].pid is not None
                     os.kill(processes[0].pid, signal.SIGKILL)

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from concertina.track.events import EventLog
+from concertina.elastic.account import Account, Bucket
+from concertina.track.events import EventLog, EventType
 from concertina.track.run import RunFolder, create_run
 from jobs.cli import main
+from jobs.commands.train import print_summary
+from jobs.output import Output
 from jobs.run_facts import duration
-from tests.track.a_run import end, make_run, start, train, whole_run
+from tests.track.a_run import RECOVERY, end, make_run, start, train, whole_run
 
 pytestmark = pytest.mark.unit
 
@@ -131,6 +134,78 @@ def test_a_failed_run_shows_where_and_how_to_go_on(run: RunFolder, capsys: pytes
     assert "  traceback    Traceback (most recent call last):\n" in out
     assert "ZeroDivisionError: division by zero\n\nnext:" in out
     assert f"concertina train --resume {folder.run_id} " in out
+
+
+LEDGER = Account(
+    {Bucket.PRODUCTIVE: 84.0, Bucket.STARTING: 12.0, Bucket.DETECTION: 3.5, Bucket.OTHER: 0.5}, 100.0, 7.0, None, 5
+)
+
+
+def a_run_with_recoveries(storage: Path, ledger: Account, count: int) -> RunFolder:
+    folder = make_run(storage, "elastic", steps=12)
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        train(log, 1, 12)
+        for generation in range(1, count + 1):
+            log.append(EventType.RECOVERY, {**RECOVERY.to_json(), "generation": generation}, step=12)
+        log.append(EventType.LEDGER, ledger.to_json(), generation=count, step=12)
+        end(log)
+    return folder
+
+
+def test_show_tells_where_the_time_went(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run_with_recoveries(run.storage, LEDGER.priced(3.6), 12)
+    assert concertina("runs", "show", "elastic") == 0
+    out = capsys.readouterr().out
+    assert (
+        "  goodput      0.840 of 100 member-seconds, most of the rest starting (0.120); $0.1000, 12,000 tokens and"
+        in out
+    )
+    table = out[out.index("  ledger  ") : out.index("  recoveries")].splitlines()
+    assert [line[14:].split() for line in table] == [
+        ["productive", "84.0", "s", "84.00%", "$0.0840"],
+        ["detection", "3.5", "s", "3.50%", "$0.0035"],
+        ["starting", "12.0", "s", "12.00%", "$0.0120"],
+        ["other", "0.5", "s", "0.50%", "$0.0005"],
+        ["(ranks", "missing)", "7.0", "s"],
+    ]
+    assert "  recoveries   12, the newest 10:\n" in out
+    timeline = [line for line in out.splitlines() if ": recovered in 0.41s from the loss of rank 2" in line]
+    assert [line.split()[2] for line in timeline] == [f"{generation}:" for generation in range(3, 13)]
+    assert "detected 0.10s, halt 0.01s, prepare 0.12s, move 0.11s, resume 0.05s, on n1" in out
+    assert "3 ranks, generation 12" in out
+
+
+def test_show_tells_programs_where_the_time_went(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run_with_recoveries(run.storage, LEDGER, 1)
+    assert concertina("runs", "show", "elastic", "-o", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["goodput"], found["usd"], found["num_recoveries"]) == (0.84, None, 1)
+    assert found["ledger"]["buckets"]["detection"] == {"seconds": 3.5, "share": 0.035, "usd": None}
+    assert set(found["ledger"]["buckets"]) == set(Bucket)
+    assert (found["ledger"]["balanced"], found["ledger"]["missing_s"], found["ledger"]["members"]) == (True, 7.0, 5)
+    assert found["recoveries"][0]["cause"]["reason"] == "node killed"
+    assert concertina("runs", "show", run.run_id, "-o", "json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["goodput"], plain["ledger"], plain["recoveries"]) == (None, None, [])
+
+
+def test_books_that_do_not_add_up_say_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run_with_recoveries(run.storage, Account(LEDGER.seconds, 90.0), 0)
+    assert concertina("runs", "show", "elastic") == 0
+    assert "the buckets miss the wall clock by +11.11%, 0.56% of it is unexplained" in capsys.readouterr().out
+
+
+def test_the_summary_of_train_has_one_line_of_goodput(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = a_run_with_recoveries(run.storage, LEDGER.priced(3.6), 0)
+    print_summary(folder, "all steps done", Output.TEXT)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goodput ")]
+    assert line.split()[1:5] == ["0.840", "of", "100", "member-seconds,"]
+    print_summary(folder, "all steps done", Output.JSON)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["goodput"], found["usd"]) == (0.84, pytest.approx(0.1))
+    print_summary(run, "", Output.TEXT)
+    assert "goodput          not recorded\n" in capsys.readouterr().out
 
 
 def test_sync_sends_mlflow_the_rest(

@@ -9,11 +9,27 @@ from typing import Any
 from mlflow import MlflowClient
 
 from concertina.config.schema import Job
+from concertina.layout.fold import Layout
 from concertina.track.events import EventLog, EventType
+from concertina.track.recovery import Cause, Recovery
 from concertina.track.run import DataFacts, RunFolder, create_run
 
 LAYOUT = {"attention": {"dp": 4}, "expert": {"ep": 2, "edp": 2}}
 FACTS = DataFacts(name="stdlib", fingerprint="0123456789abcdef" * 2, num_tokens=1000, path="/data/0123")
+
+RECOVERY = Recovery(
+    generation=2,
+    cause=Cause("node killed", member=2, rank=2, node="n1"),
+    world_before=4,
+    world_after=3,
+    step=17,
+    stall_s=0.41,
+    detected_s=0.1,
+    phases={"halt_s": 0.01, "prepare_s": 0.12, "move_s": 0.11, "resume_s": 0.05},
+    bytes_local=9_000_000,
+    bytes_moved=31_000_000,
+    layout=Layout.of(3).degrees,
+)
 
 
 def make_run(storage: Path, name: str = "quick", **training: Any) -> RunFolder:

@@ -95,8 +95,10 @@ class Account:
         usd: Mapping[Bucket, float] | None = None
         if self.usd_by_bucket is not None and more.usd_by_bucket is not None:
             usd = _sum(self.usd_by_bucket, more.usd_by_bucket)
-        elif not self.total_s or not more.total_s:
-            usd = more.usd_by_bucket if not self.total_s else self.usd_by_bucket
+        elif not more.total_s:
+            usd = self.usd_by_bucket
+        elif not self.total_s:
+            usd = more.usd_by_bucket
         return Account(
             seconds=_sum(self.seconds, more.seconds),
             total_s=self.total_s + more.total_s,

@@ -59,6 +59,8 @@ class Course:
     newest: dict[str, int] = field(default_factory=dict)
     """key -> newest step of which a point was returned."""
     ledger: LedgerTally = field(default_factory=LedgerTally)
+    ledger_ms: int = 0
+    """Time of the last ledger's points."""
     recent: dict[int, list[Point]] = field(default_factory=dict)
     """step -> points, of the last 512 steps: a checkpoint is ready some steps after the step it holds."""
 
@@ -108,7 +110,9 @@ class Course:
             values["ledger/missing_s"] = total.missing_s
         if total.usd is not None:
             values["usd"] = total.usd
-        return [Point(key, value, time_ms, self.newest_step, is_state=True) for key, value in values.items()]
+        # Of two rows of a step and a millisecond MLflow calls the greater one the newest.
+        self.ledger_ms = max(time_ms, self.ledger_ms + 1)
+        return [Point(key, value, self.ledger_ms, self.newest_step, is_state=True) for key, value in values.items()]
 
     def _points(self, event: Event, step: int, keys: Mapping[str, str]) -> list[Point]:
         points = []

@@ -1,0 +1,90 @@
+"""Does a person see each change of a run once, in one line, and the numbers of whoever trains now?"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from concertina.elastic.account import Account, Bucket
+from concertina.track.events import EventLog, EventType
+from concertina.track.recovery import MemberNews, MemberWhat
+from concertina.track.run import RunFolder
+from jobs.progress import Progress
+from tests.track.a_run import RECOVERY, end, make_run, start, step_data
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return make_run(tmp_path, steps=40, log_every_steps=10)
+
+
+def told(folder: RunFolder) -> list[str]:
+    stream = io.StringIO()
+    progress = Progress(folder.events_file, folder.job(), 4, stream)
+    progress.look()
+    progress.close()
+    return stream.getvalue().splitlines()
+
+
+def news(log: EventLog, member: int, what: MemberWhat, reason: str = "") -> None:
+    log.append(EventType.MEMBER, MemberNews(member, what, f"n{member}", 100 + member, reason).to_json())
+
+
+def test_a_run_that_loses_and_gains_a_member(folder: RunFolder) -> None:
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        for member in range(4):
+            news(log, member, MemberWhat.BORN)
+            news(log, member, MemberWhat.READY)
+        log.append(EventType.STEP, step_data(1), step=1)
+        news(log, 2, MemberWhat.LOST, "node killed")
+        log.append(EventType.RECOVERY, RECOVERY.to_json(), step=17)
+        log.append(EventType.STEP, step_data(20), step=20)
+        news(log, 4, MemberWhat.BORN)
+        news(log, 4, MemberWhat.SPARE)
+        log.append(EventType.RECOVERY, replace(RECOVERY, world_before=3, world_after=4).to_json(), step=17)
+        seconds = {Bucket.PRODUCTIVE: 84.0, Bucket.STARTING: 16.0}
+        log.append(EventType.LEDGER, Account(seconds, 100).to_json(), step=29)
+        log.append(EventType.STEP, step_data(30), step=30)
+        news(log, 1, MemberWhat.LEFT, "its node will go")
+        for member in (0, 3, 4):
+            news(log, member, MemberWhat.LEFT)
+        end(log)
+    lines = told(folder)
+    assert [line for line in lines if not line.startswith("step=")] == [
+        "member 2 lost on node n2, process 102: node killed",
+        str(RECOVERY),
+        "member 4 born on node n4, process 104",
+        "member 4 spare on node n4, process 104",
+        str(replace(RECOVERY, world_before=3)).replace("3 -> 3", "3 -> 4"),
+        "member 1 left on node n1, process 101: its node will go",
+        "finished: all steps done",
+    ]
+    steps = [line for line in lines if line.startswith("step=")]
+    assert ["world=4" in line for line in steps] == [True, False, True]
+    assert "world=3" in steps[1]
+    assert "goodput=0.84 " in steps[2]
+
+
+def test_who_is_lost_before_the_first_step_is_told(folder: RunFolder) -> None:
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        news(log, 0, MemberWhat.BORN)
+        news(log, 0, MemberWhat.LOST, "its process ended")
+    assert told(folder) == ["member 0 lost on node n0, process 100: its process ended"]
+
+
+def test_a_rate_is_not_averaged_over_a_change(folder: RunFolder) -> None:
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        for step in range(2, 6):
+            log.append(EventType.STEP, step_data(step, step_s=100.0), step=step)
+        log.append(EventType.RECOVERY, RECOVERY.to_json(), step=5)
+        for step in range(6, 11):
+            log.append(EventType.STEP, step_data(step), step=step)
+    assert "tok/s=200 " in told(folder)[-1]
