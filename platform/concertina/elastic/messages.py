@@ -21,10 +21,12 @@ __all__ = [
     "Message",
     "Move",
     "PartWritten",
+    "Pause",
     "Prepare",
     "Prepared",
     "RankError",
     "RolledBack",
+    "TimeSpent",
     "decode",
     "encode",
 ]
@@ -81,6 +83,15 @@ class Halted(Message):
     records: list[dict[str, Any]]
     evaluated: int
     failure: str
+
+
+@dataclass(frozen=True)
+class TimeSpent(Message):
+    """The totals of a member's timesheet, and the bucket it is in."""
+
+    member: int
+    seconds: dict[str, float]
+    inside: str
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,11 @@ class Control(Message):
     stop: bool = False
     checkpoint: bool = False
     regroup: bool = False
+
+
+@dataclass(frozen=True)
+class Pause(Message):
+    """Coordinator to members that have halted: there are too few of you, keep what you have."""
 
 
 @dataclass(frozen=True)
