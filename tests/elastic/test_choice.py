@@ -156,6 +156,13 @@ def test_lanes_stay_inside_nodes_of_whole_blocks(blocks: list[int], tp: int, etp
             assert all(len({nodes[members[rank]] for rank in group}) == 1 for group in layout.groups(name))
 
 
+def test_broken_blocks_do_not_shift_the_lanes_of_whole_ones() -> None:
+    nodes = {member: "a" if member < 3 else "b" if member < 7 else "c" for member in range(12)}  # 3, 4 and 5 ranks
+    layout = Layout(12, tp=4)
+    members = take_seats(layout, nodes, None).members
+    assert sum(len({nodes[members[rank]] for rank in group}) == 1 for group in layout.groups("tp")) == 2
+
+
 def test_survivors_keep_their_order_and_newcomers_come_last() -> None:
     old = take_seats(Layout(8), PAIRS, None)
     left = {member: node for member, node in PAIRS.items() if node != "n1"}
