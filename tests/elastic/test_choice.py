@@ -185,6 +185,12 @@ def test_newcomers_take_the_seats_of_the_lost_where_the_layout_stays() -> None:
     assert again.seconds == old.seconds
 
 
+def test_seats_are_given_up_where_keeping_them_would_tear_lanes_apart() -> None:
+    old = take_seats(Layout(4, tp=2), {0: "a", 1: "a", 2: "b", 3: "b"}, None)
+    new = take_seats(Layout(4, tp=2), {0: "a", 2: "b", 8: "c", 9: "c"}, old)
+    assert new.members == (8, 9, 0, 2)
+
+
 def test_a_spare_takes_over_and_the_smaller_world_leaves_one() -> None:
     job = small_job(MODELS["even"], 4, tp=2)
     nodes = {0: "a", 1: "a", 2: "b", 3: "b", 4: "c"}
