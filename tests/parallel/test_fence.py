@@ -254,3 +254,154 @@ def test_without_a_fence_it_does() -> None:
     for found in run_distributed(cases, WORLD, [(kind, 256 << 10, None) for kind in kinds], False)[:VICTIM]:
         assert [case["ends"] for case in found] == [["done"]] * len(kinds)
         assert [case["intact"] for case in found] == [False] * len(kinds), found
+
+
+# -- a peer that dies --------------------------------------------------------------------------------------------------
+
+
+def beside_a_killed_peer(rank: int, store: Any) -> str:
+    """Rank 3 of 4 is killed; its neighbours fence, rank 1 only waits."""
+    play = Play(rank, store)
+    groups = play.form(4)
+    play.meet("formed", range(4))
+    if rank == 3:
+        store.set("pid", str(os.getpid()))
+        signal.pause()
+    pending = all_reduce_sum(torch.ones(1 << 16), groups.world)
+    if rank == 0:
+        os.kill(int(store.get("pid")), signal.SIGKILL)
+    said = outcome(pending)
+    if rank != 1:
+        groups.fence()
+    store.set(f"said/{rank}", said)
+    store.wait([f"said/{each}" for each in range(3)])
+    return " ".join(store.get(f"said/{each}").decode() for each in range(3))
+
+
+def test_a_killed_peer_frees_everybody() -> None:
+    """Of a ring, the one that is not beside the dead is freed by its neighbours' fence."""
+    with pytest.raises(TimeoutError, match=r"\[3\] said nothing"):  # none but the dead
+        run_distributed(beside_a_killed_peer, 4, timeout_s=20)
+
+
+# -- groups that are still forming -------------------------------------------------------------------------------------
+
+
+class Sleeper(Wires):
+    """Of a rank that stops at the n-th time it learns of addresses: 1 before it is heard of, 2 before it connects."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._left = at
+
+    def forming(self, listening: set[Address]) -> None:
+        super().forming(listening)
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fenced_while_forming(rank: int, store: Any) -> list[str]:
+    play, said = Play(rank, store), []
+    for at in (1, 2):
+        play.number += 1
+        if rank == VICTIM:
+            play.say("pid", str(os.getpid()))
+            try:
+                play.form(WORLD, Sleeper(at), timedelta(seconds=0.5))
+                said.append("formed")  # with sockets that are shut: it was the one to connect
+            except RuntimeError as error:
+                said.append("broken" if is_communication_failure(error) else repr(error))
+            continue
+        wires, pid = Wires(), int(play.hear("pid", VICTIM))
+        forming = threading.Thread(target=lambda wires=wires: said.append(attempt_to_form(play, wires)))
+        forming.start()
+        until(partial(is_frozen, pid))
+        wires.fence()
+        forming.join()
+        play.number += 1_000_000
+        new = play.form(WORLD - 1)
+        assert float(all_reduce_sum(torch.ones(1), new.world).finish()) == 2
+        play.meet("without it", range(VICTIM))
+        play.number -= 1_000_000
+        if rank == 0:
+            os.kill(pid, signal.SIGCONT)
+    return said
+
+
+def attempt_to_form(play: Play, wires: Wires) -> str:
+    try:
+        play.form(WORLD, wires)
+    except RuntimeError as error:
+        return "broken" if is_communication_failure(error) else repr(error)
+    return "formed"
+
+
+def test_a_half_formed_generation_is_fenced_from_another_thread() -> None:
+    *survivors, victim = run_distributed(fenced_while_forming, WORLD)
+    for said in survivors:
+        assert said[0] == "broken"
+        assert set(said) <= {"broken", "formed"}  # who connects to a frozen rank is done
+    assert set(victim) <= {"broken", "formed"}
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def open_things() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def form_and_fence(rank: int, store: Any, cycles: int) -> list[tuple[int, int]]:
+    """Threads and descriptors after every cycle; every fifth has a communication that never ends."""
+    play, seen = Play(rank, store), []
+    for cycle in range(cycles):
+        play.number += 1
+        groups = play.form(2)
+        crowd = form_crowd(rank, 2, store, GroupOptions(play.number, timeout=LONG), groups.world.wires)
+        play.meet("formed", range(2))
+        pending = all_reduce_sum(torch.ones(4), groups["dp"]) if rank == 0 and cycle % 5 == 0 else None
+        groups.fence()
+        groups.fence()
+        if pending is not None:
+            assert outcome(pending) == "broken"
+        for group in (groups.world, groups[SECONDS], crowd):
+            with pytest.raises(RuntimeError) as caught:
+                all_reduce_sum(torch.ones(4), group).finish()
+            assert is_communication_failure(caught.value), caught.value
+        del groups, crowd, group, pending, caught
+        gc.collect()
+        play.meet("dropped", range(2))
+        seen.append(open_things())
+    return seen
+
+
+def test_nothing_is_left_of_fenced_generations() -> None:
+    for seen in run_distributed(form_and_fence, 2, 50):
+        early, late = seen[4:10], seen[-6:]
+        assert max(late) <= max(early), seen
+
+
+def others_connections(rank: int, store: Any) -> None:
+    """A connection of this process, one to the store, and a socket that listens: all as before."""
+    play = Play(rank, store)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+        far, _ = server.accept()
+        groups = play.form(2)
+        play.meet("formed", range(2))
+        groups.fence()
+        near.sendall(b"still here")
+        assert far.recv(100) == b"still here"
+        with socket.create_connection(server.getsockname()):
+            server.accept()[0].close()
+        far.close()
+    play.meet("fenced", range(2))
+    other = play
+    other.number += 1
+    again = other.form(2)  # another generation is another's
+    groups.fence()
+    assert float(all_reduce_sum(torch.ones(1), again.world).finish()) == 2
+
+
+def test_the_connections_of_others_are_left_alone() -> None:
+    run_distributed(others_connections, 2)
