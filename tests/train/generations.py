@@ -127,8 +127,11 @@ class Life:
             result = engine.train_step(stage.until + 1)
             self.note(result)
             engine.settle()
-        except (Gone, RuntimeError) as error:
-            assert isinstance(error, Gone) or is_communication_failure(error), error
+        except Gone:
+            pass
+        except RuntimeError as error:
+            if not is_communication_failure(error):
+                raise
         engine.groups.fence()
         engine.__dict__.pop("_agree", None)
         engine.share.abandon()

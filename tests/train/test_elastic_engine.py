@@ -5,16 +5,20 @@ The engines stay in their processes; no checkpoint is ever written, so there is 
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import ref
 
 import numpy as np
+import psutil
 import pytest
 
 from concertina.config import Job
 from concertina.layout import Layout
-from tests.distributed import on_ranks
+from concertina.train.share import Share
+from tests.distributed import on_ranks, run_distributed
 from tests.train.generations import Life, Stage, live, on_nodes
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import engine_on, tiny_job, unconfigured
 
 pytestmark = pytest.mark.dist
 
@@ -25,7 +29,7 @@ ALL = {0: "a", 1: "a", 2: "b", 3: "b"}
 
 
 def without(*lost: int, joined: tuple[int, ...] = ()) -> dict[int, str]:
-    return {member: node for member, node in ALL.items() if member not in lost} | {member: "c" for member in joined}
+    return {member: node for member, node in ALL.items() if member not in lost} | dict.fromkeys(joined, "c")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +210,37 @@ def test_five_reconfigurations(reference: dict[str, Any]) -> None:
     results = run(FIVE)
     check(results, FIVE, reference)
     assert results[1]["completed"] == [4]
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def dropped(rank: int, store: Any, job: Job) -> list[tuple[bool, int]]:
+    """Of every generation: whether anything of the share before is left once it is not current, and the threads."""
+    seen = []
+    life = Life(rank, store, job, unconfigured(job))
+    stages = [Stage(on_nodes(Layout(2, tp=2, ep=2), {0: "a", 1: "b"}), number) for number in range(1, 6)]
+    gc.disable()
+    for number, stage in enumerate(stages):
+        left = [] if life.engine._share is None else _parts(life.engine.share)
+        life.enter(number, stages)
+        life.train(stage.until)
+        life.engine.settle()
+        if number == 1:
+            gc.collect()  # what libraries import at their first use keeps a traceback with our frames
+        seen.append((any(what() is not None for what in left), psutil.Process().num_threads()))
+    gc.enable()
+    return seen
+
+
+def _parts(share: Share) -> list[Any]:
+    return [ref(part) for part in (share, share.optimizer, share.decoder, share.groups, *share.seconds.copies.values())]
+
+
+def test_a_share_that_is_not_current_is_gone_with_its_groups_and_their_threads() -> None:
+    for seen in run_distributed(dropped, 2, JOB):
+        assert not any(left for left, _ in seen)
+        assert seen[-1][1] <= seen[0][1], "threads add up"
 
 
 # -- mutations: each breaks something, and the comparison must see it -----------------------------------------------

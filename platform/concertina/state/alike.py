@@ -37,7 +37,9 @@ class Alike:
         into.copy_(flat.view(into.shape))
 
 
-def spread_alike(own: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None, group: Group, device: torch.device) -> Alike:
+def spread_alike(
+    own: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None, group: Group, device: torch.device
+) -> Alike:
     """Facts and tensors of the first position that has `own`. Every member of the group must call it.
 
     Raises StateError on every member when nobody has any.

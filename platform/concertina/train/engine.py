@@ -216,7 +216,7 @@ class Engine:
 
     @property
     def pending(self) -> int | None:
-        """The step of which this rank has all gradients, its own and those it is second owner of, and not the totals."""
+        """The step of which this rank has all gradients, own ones and those for its second copies, and no totals."""
         return self._gradients[0] if self._gradients is not None else None
 
     def complete(self, totals: list[float]) -> StepResult:
