@@ -64,9 +64,9 @@ def transfer(
 ) -> TransferReport:
     """Move all that `plan` moves; every member of `roster`, which are the positions of `group`, must call it.
 
-    `held` is only read. `wanted` is filled; nothing of it counts until this returns. `faults` are what this member found
-    wrong before. Raises StateError on every member when on any one something was not as planned, or arrived otherwise
-    than it was sent.
+    `held` is only read. `wanted` is filled; nothing of it counts until this returns. `faults` are what this member
+    found wrong before. Raises StateError on every member when on any one something was not as planned, or arrived
+    otherwise than it was sent.
     """
     return _Transfer(plan, member, roster, held, wanted, group, faults).run(round_bytes)
 
