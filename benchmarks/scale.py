@@ -1,7 +1,7 @@
 """python -m benchmarks.scale -o FILE: how long does a world of thousands decide and plan when it loses a node?
 
-Simulated ranks, eight a node, with the parameters of Mixtral 8x22B. Timed is what happens between the loss and the first
-byte that moves, on one core: the coordinator chooses the layout, the seats and the second owners and learns what moves and
+Simulated ranks, eight a node, with the parameters of Mixtral 8x22B. Timed is what is decided between the loss and the
+first byte that moves, on one core: the coordinator chooses layout, seats and second owners and learns what moves and
 whether anything is lost; a member plans its own moves. Tables are made anew in each round, as in a fresh process.
 """
 

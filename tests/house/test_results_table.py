@@ -39,6 +39,14 @@ def test_rows_with_a_goal_have_their_commit_and_link(tmp_path: Path) -> None:
     assert "no: memory bound" in rows[1]
 
 
+def test_a_bound_from_above_is_met_below_it(tmp_path: Path) -> None:
+    rows = [Row.of("fast", "s", [1.5], 2.0, at_most=True), Row.of("slow", "s", [2.5], 2.0, reason="x", at_most=True)]
+    write(tmp_path / "scale_2core_202611.json", rows)
+    fast, slow = results_table(tmp_path).splitlines()[2:4]
+    assert "| 1.5 s | at most 2 s | yes |" in fast
+    assert "| 2.5 s | at most 2 s | no: x |" in slow
+
+
 def test_the_newest_result_of_a_question_and_machine_counts(tmp_path: Path) -> None:
     write(tmp_path / "throughput_2core_202611.json", [Row.of("old", "ratio", [1.0], 1.0)])
     write(tmp_path / "throughput_2core_202701.json", [Row.of("new", "ratio", [1.1], 1.0)], dirty=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from concertina.config import ClusterConfig, Job, LayoutConfig, ModelConfig, TrainingConfig
 from concertina.errors import LayoutError
-from concertina.layout import Layout, check_job
+from concertina.layout import Layout, check_job, fits
 
 pytestmark = pytest.mark.unit
 
@@ -131,3 +131,19 @@ def test_every_value_a_refusal_names_mends_its_axis(world: int, degrees: dict[st
         axis = key.removeprefix("layout.")
         for value in map(int, re.findall(r"\d+", line.rpartition(" to ")[2])):
             assert key not in refused_lines(world, {**degrees, axis: value})
+
+
+@given(
+    st.integers(1, 24),
+    st.integers(1, 12),
+    st.sampled_from([1, 4]),
+    st.fixed_dictionaries({axis: st.integers(1, 9) for axis in ("pp", "cp", "tp", "ep", "etp")}),
+)
+def test_what_fits_is_what_is_not_refused(world: int, batch: int, group: int, degrees: dict[str, int]) -> None:
+    asked = job(world=world, batch=batch, model={"capacity": {"factor": 1.0, "group_sequences": group}}, **degrees)
+    try:
+        check_job(asked)
+    except LayoutError:
+        assert not fits(asked, world, degrees)
+    else:
+        assert fits(asked, world, degrees)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from concertina.errors import CheckpointError
 from concertina.layout import Box, Layout
+from concertina.layout.pieces import pieces
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import load_boxes, write_part
 from concertina.state.manifest import checkpoint_folder, commit, partial_folder
@@ -83,6 +84,14 @@ def loaded(folder: Path, layout: Layout) -> list[State]:
             boxed.piece.fill_(float("nan"))
         load_boxes(folder, state)
     return ranks
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plans_know_which_boxes_an_engine_owns(layout: str) -> None:
+    for rank, state in enumerate(states(LAYOUTS[layout])):
+        for kind in KINDS:
+            owned = {key.removeprefix(f"{kind}/"): b.box for key, b in state.items() if key.startswith(f"{kind}/")}
+            assert owned == pieces(JOB.model, LAYOUTS[layout], rank)
 
 
 def pairs() -> list[tuple[str, tuple[str, str]]]:

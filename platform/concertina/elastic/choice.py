@@ -5,6 +5,7 @@ Pure: the same members and the same old seating give the same answer wherever th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import lcm, log2
@@ -48,15 +49,15 @@ def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
 def _nearest(job: Job, world: int, wanted: Mapping[str, int]) -> Layout | None:
     """The layout of `world` ranks that is nearest to the wanted degrees; None where none fits."""
 
-    def nearest(axis: str, left: int, others: Mapping[str, int]) -> Iterator[int]:
-        """Values of an axis that divide what is left of the world and fit, the nearest first."""
-        by_distance = sorted(divisors(left), key=lambda value: _distance(value, wanted[axis]))
+    def nearest(axis: str, others: Mapping[str, int]) -> Iterator[int]:
+        """Values of an axis that fit beside the others, the nearest first."""
+        by_distance = sorted(divisors(world), key=lambda value: _distance(value, wanted[axis]))
         return (value for value in by_distance if fits(job, world, {**others, axis: value}))
 
     degrees = dict.fromkeys(("pp", "cp", *CHOSEN), 1)
     # The grids are bound only by the world, the batch sees tp alone: one axis after the other finds the nearest of all.
     for axis in CHOSEN:
-        value = next(nearest(axis, world // degrees["etp"] if axis == "ep" else world, degrees), None)
+        value = next(nearest(axis, degrees), None)
         if value is None:
             return None
         degrees[axis] = value
@@ -91,12 +92,15 @@ def take_seats(layout: Layout, nodes: Mapping[int, str], old: Seating | None) ->
     Who held a rank keeps it where the layout stays and newcomers can fill the gaps; else ranks keep their order and
     newcomers come after them. Ranks of a node are neighbours, so that lanes of tp and etp stay inside it.
     """
-    order = _in_order(nodes, old)
-    chosen = _chosen(layout, order, nodes, old)
-    seats = [member for member in order if member in chosen]
+    assert len(nodes) >= layout.world, (layout, nodes)
+    order, block = _in_order(nodes, old), lcm(layout.tp, layout.etp)
+    chosen = _chosen(layout.world, block, order, nodes, old)
+    ranks_of = Counter(nodes[member] for member in chosen)
+    # Nodes of whole blocks first: what a broken one leaves over would shift the lanes of all after it.
+    seats = sorted((m for m in order if m in chosen), key=lambda m: ranks_of[nodes[m]] % block > 0)
     if old is not None and old.layout == layout:
         kept = _in_old_seats(seats, nodes, old)
-        if _runs(kept, nodes) <= _runs(seats, nodes):
+        if _scattered(kept, block, nodes) <= _scattered(seats, block, nodes):
             seats = kept
     spares = tuple(member for member in order if member not in chosen)
     return Seating(layout, tuple(seats), place_seconds([nodes[member] for member in seats]), spares)
@@ -115,19 +119,17 @@ def _in_order(nodes: Mapping[int, str], old: Seating | None) -> list[int]:
     return sorted(nodes, key=lambda member: (first[nodes[member]], key(member)))
 
 
-def _chosen(layout: Layout, order: list[int], nodes: Mapping[int, str], old: Seating | None) -> set[int]:
+def _chosen(world: int, block: int, order: list[int], nodes: Mapping[int, str], old: Seating | None) -> set[int]:
     """Who gets a rank: who has state before who has none, then who fills up whole blocks of lanes in a node."""
-    block, seen = lcm(layout.tp, layout.etp), dict.fromkeys(nodes.values(), 0)
-    newcomers = {member for member in order if old is None or old.rank_of(member) is None}
-    count = dict(seen)
-    for member in order:
-        count[nodes[member]] += 1
+    members_of = Counter(nodes[member] for member in order)
+    seen: Counter[str] = Counter()
     keys: dict[int, tuple[bool, bool, int]] = {}
     for place, member in enumerate(order):
         node = nodes[member]
-        keys[member] = (member in newcomers, seen[node] >= count[node] // block * block, place)
+        newcomer = old is None or old.rank_of(member) is None
+        keys[member] = (newcomer, seen[node] >= members_of[node] // block * block, place)
         seen[node] += 1
-    return set(sorted(order, key=keys.__getitem__)[: layout.world])
+    return set(sorted(order, key=keys.__getitem__)[:world])
 
 
 def _in_old_seats(seats: list[int], nodes: Mapping[int, str], old: Seating) -> list[int]:
@@ -145,6 +147,8 @@ def _in_old_seats(seats: list[int], nodes: Mapping[int, str], old: Seating) -> l
     return [at[rank] for rank in range(old.layout.world)]
 
 
-def _runs(seats: list[int], nodes: Mapping[int, str]) -> int:
-    """How often the node changes from rank to rank: least where each node's ranks are neighbours."""
-    return sum(nodes[a] != nodes[b] for a, b in pairwise(seats))
+def _scattered(seats: list[int], block: int, nodes: Mapping[int, str]) -> tuple[int, int]:
+    """Blocks of lanes that more than one node has, and how often the node changes from rank to rank."""
+    on = [nodes[member] for member in seats]
+    split = sum(len({*on[first : first + block]}) > 1 for first in range(0, len(on), block))
+    return split, sum(a != b for a, b in pairwise(on))
