@@ -84,6 +84,7 @@ class Nodes:
 
     def add(self) -> faults.Fault:
         fault, node = faults.add_node(lambda: self._cluster.add_node(num_cpus=1, **self._everywhere()))
+        own_all()  # each node of Ray's brings a handler that would drain it for half a minute at a SIGTERM
         self._nodes.append(node)
         return fault
 

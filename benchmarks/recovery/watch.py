@@ -76,7 +76,7 @@ class Watch:
 
 
 def own_all() -> None:
-    """First thing in a program that measures: whatever it starts stays below it, and a SIGTERM ends it in order."""
+    """What this program starts stays below it, and a SIGTERM ends it in order. Call it first, and again when undone."""
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
