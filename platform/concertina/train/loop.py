@@ -168,7 +168,8 @@ class Loop:
         seconds = self._clock.lap()
         recorded = self.link.recorded
         self.records = {step: record for step, record in self.records.items() if step > recorded}
-        self.records[result.step] = {"step": result.step, "metrics": {**result.metrics(), "step_s": seconds}}
+        timing = {"step_s": seconds, "applied_at_s": time.time(), "world": float(self.engine.layout.world)}
+        self.records[result.step] = {"step": result.step, "metrics": result.metrics() | timing}
         if len(self.records) > _MOST_RECORDS:
             text = f"the coordinator has written down none of the last {_MOST_RECORDS} steps: is its disk full?"
             raise RankFailure(text, rank=self.engine.rank)
