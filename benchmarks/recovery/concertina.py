@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def _join(run: Run, said: dict[str, Any], arrival: faults.Fault | None) -> dict[
     first = next(line for line in lines if line.step == said["step"] + 1)
     last = next(line for line in lines if line.step == said["step"])
     after = [line.at_s for line in lines if line.step > said["step"]][:11]
-    steps = sorted(later - earlier for earlier, later in zip(after, after[1:], strict=False))
+    steps = sorted(later - earlier for earlier, later in pairwise(after))
     normal_s = steps[len(steps) // 2]
     return {
         "kind": "join",
