@@ -321,7 +321,7 @@ class Run:
         goal: int | None = None
         chance = Random(0)
         begun = len(self.numbers)
-        for turn in range(limit):
+        for _ in range(limit):
             actions = self.possible_actions()
             ranks = self.generations.seating.members if self.generations.seating else ()
             slowest = min((self.members[m].applied for m in ranks), default=0)
@@ -334,5 +334,5 @@ class Run:
         else:
             raise AssertionError(f"no progress: {self.generations.coming} {self.generations.reports}")
         assert len(self.numbers) <= begun + 6, f"generations follow each other: {self.numbers[begun:]}"
-        chains = {self.members[m].chain[: goal] for m in self.generations.seating.members}
+        chains = {self.members[m].chain[:goal] for m in self.generations.seating.members}
         assert len(chains) == 1, chains

@@ -2,8 +2,8 @@
 
 Members arrive, are lost, halt, prepare and form; each time `Generations` says what to order whom (docs/elastic.md). A
 generation that a loss overtakes is given up and its number never used again. Two things make this safe: a member that
-was sent `Move` says anew what it has before anybody relies on it, and the newest generation that anyone has adopted is
-one that everyone has verified.
+was sent `Move` says anew what it has before anybody relies on it, and a generation that anyone has adopted is one that
+everyone has verified.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Coming:
 class Generations:
     """All there are of one session. `seat` is the policy; `present` maps members that can be seated to their nodes.
 
-    `possible`: seatings of the generations that may hold the state, by number; the newest one anyone reports does.
+    `possible`: seatings of the generations that may hold the state, by number, two at most; the newest one anyone
+    reports does.
     """
 
     def __init__(self, seat: Seat, first: int = 0) -> None:
