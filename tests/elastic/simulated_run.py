@@ -310,7 +310,7 @@ class Run:
         assert len(generations.possible) <= 2, sorted(generations.possible)
         assert generations.reports.keys() <= generations.present.keys()
 
-    def settle(self, steps: int = 3, limit: int = 20_000) -> None:
+    def settle(self, steps: int = 3, limit: int = 8_000) -> None:
         """All messages arrive, nobody else is lost: the run forms, and makes steps."""
         for member in self.members.values():
             member.frozen = False
