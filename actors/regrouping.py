@@ -97,9 +97,10 @@ class Regrouping:
         """Go on without them, at once."""
         for loss in losses:
             self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
+            self.journal.pids.pop(loss.member, None)  # a coordinator that restarts shall not take it back
         seating = self.generations.seating
         orders = self.generations.lose([loss.member for loss in losses])
-        if orders or self.generations.shortage:
+        if (orders and not self.generations.trains) or self.generations.shortage:
             self._change = self._change or Change("loss", [], seating)
             self._change.losses += losses
             self.book.move(RunEvent.LOSS, "; ".join(map(str, losses)))
@@ -111,7 +112,7 @@ class Regrouping:
     def hear(self, message: Message) -> None:
         match message:
             case Prepared():
-                self._do(self.generations.prepare(message.member, message.generation))
+                self._do(self.generations.prepare(message.member, message.generation, message.failure))
             case Halted():
                 if self._change is not None:
                     self._change.records += message.records
@@ -135,20 +136,20 @@ class Regrouping:
     def look(self) -> None:
         """Begin what is due without anything having happened."""
         generations, now = self.generations, time.monotonic()
-        if self.asked_to_stop and generations.shortage is None:
+        if self.asked_to_stop and generations.shortage is None and not generations.is_stuck:
             return
         if (not generations.possible and generations.coming is None) or generations.shortage:
             if self._enough(now):
                 self._change = self._change or Change("start", [], None)
                 self._do(generations.begin())
             return
-        if not generations.is_settled:
-            return
         if self._stuck(now):
-            self._change = Change("network", [], generations.seating)
-            self.book.move(RunEvent.LOSS, "the network between members broke")
-            self._do(generations.begin())
-        elif self._grows(now):
+            self._complaint_since = None
+            self._change = self._change or Change("network", [], generations.seating)
+            if not generations.trains:
+                self.book.move(RunEvent.LOSS, "the network between members broke")
+            self._do(generations.begin(planned=True))
+        elif generations.is_settled and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
 
@@ -164,8 +165,8 @@ class Regrouping:
         return gathered and there >= self.plan.job.elastic.min_workers and there > 0
 
     def _stuck(self, now: float) -> bool:
-        """Members complain, and none of them is lost."""
-        if not self.complaining:
+        """Members wait for a generation that nobody has begun, and none of them is lost."""
+        if not self.generations.is_stuck:
             self._complaint_since = None
             return False
         self._complaint_since = self._complaint_since or now
@@ -220,6 +221,7 @@ class Regrouping:
     def _prepare(self, order: Order) -> None:
         coming = self.generations.coming
         assert coming is not None
+        self._write_journal()  # its number is used
         listener = socket.create_server((self.address, 0), backlog=1024)
         address = (self.address, listener.getsockname()[1])
         # The store before it goes, and with it whoever still waits there.
@@ -248,7 +250,7 @@ class Regrouping:
             return
         folder = Path(found[-1]) if found else self.plan.resume_from
         step = read_manifest(folder).step if folder is not None else 0
-        if self.generations.possible:
+        if self.generations.possible and self.book.step > step:
             log.warning("the state is not complete among who is left: back to step %d", step)
             self.book.go_back(step)
         restore = Restore(None if folder is None else str(folder), step)
@@ -335,16 +337,10 @@ class Regrouping:
         """Take over the generations an earlier coordinator left: go on when everybody of the newest is at work in it,
         else begin a new one."""
         generations = self.generations
-        generations.present = dict(present)
-        generations.possible = dict(self.journal.seatings)
-        generations.last_number = max(generations.last_number, self.journal.last_generation)
+        orders = generations.reattach(present, self.journal.seatings, self.journal.last_generation, at_work)
         seating = generations.seating
-        if seating is None:
-            return
-        newest = max(generations.possible)
-        if all(at_work.get(member) == newest for member in seating.members):
-            generations.possible = {newest: seating}
-            self.book.sit(newest, seating.layout.world, 0)
-            return
-        self._change = Change("coordinator", [], seating)
-        self._do(generations.begin())
+        if seating is not None and not orders and generations.is_settled:
+            self.book.sit(max(generations.possible), seating.layout.world, 0)
+        elif seating is not None:
+            self._change = Change("coordinator", [], seating)
+        self._do(orders)
