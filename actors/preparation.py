@@ -30,9 +30,10 @@ class NotPrepared(ConcertinaError):
 
 
 class Preparation:
-    """Of one member for one generation. `rank` is None for a spare, which has neither groups nor share."""
+    """Of one member for one generation. `rank` is None for a spare, which has neither groups nor share. `early`: the
+    share is made at once, where no other takes the room."""
 
-    def __init__(self, order: Prepare, member: int, engine: Engine, options: GroupOptions) -> None:
+    def __init__(self, order: Prepare, member: int, engine: Engine, options: GroupOptions, early: bool) -> None:
         self.generation, self.fresh = order.generation, order.fresh
         self.seating = Seating.from_json(order.seating)
         self.member, self.rank = member, self.seating.rank_of(member)
@@ -41,7 +42,7 @@ class Preparation:
         self.share: Share | None = None
         self.seconds = 0.0
         self._host, self._port = order.store
-        self._engine, self._options = engine, options
+        self._engine, self._options, self._early = engine, options, early
         self.wires = Wires()
         self._error: Exception | None = None
         self._done = threading.Event()
@@ -71,6 +72,8 @@ class Preparation:
         if self.rank is not None:
             lanes = kv_copies(self._engine.job.model, self.seating.layout.tp)
             self.groups = form_groups(self.seating.layout, self.rank, store, self._options, lanes, self.wires)
+        if self._early:
+            self.make_share()
 
     def start_values(self) -> None:
         """Another share, with the start values of training: what was to be moved in is nowhere. No collective."""
@@ -87,8 +90,9 @@ class Preparation:
             raise NotPrepared(f"generation {self.generation} could not be prepared") from self._error
 
     def make_share(self) -> None:
-        """Room for this member's share, in the training thread: what the share before it has given up serves again."""
-        if self.groups is not None:
+        """Room for this member's share, unless it is there: in the training thread, what the share before it has given
+        up serves again."""
+        if self.groups is not None and self.share is None:
             assert self.rank is not None
             values: Values = "initial" if self.fresh else "empty"
             self.share = self._engine.prepare(self.seating, self.rank, self.groups, values)

@@ -92,7 +92,8 @@ class Trainer:
                     self._coming.fence()
                 plan, bound = self.seat.plan, BOUNDS["collective"].timedelta
                 options = GroupOptions(prepare.generation, plan.device, self.hostname, bound)
-                self._coming = Preparation(prepare, self.seat.member, self.engine, options)
+                early = self._current is None
+                self._coming = Preparation(prepare, self.seat.member, self.engine, options, early)
                 self._coming.start(self.link)
             case Move() as move:
                 self._orders.put(move)
