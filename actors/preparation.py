@@ -20,9 +20,16 @@ from concertina.parallel.groups import Group, GroupOptions, Groups, connect_stor
 from concertina.train.engine import Engine
 from concertina.train.share import Share, Values
 
-__all__ = ["NotPrepared", "Preparation"]
+__all__ = ["NotPrepared", "Preparation", "let_go"]
 
 log = logging.getLogger("concertina.rank")
+
+
+def let_go(held: list[Preparation]) -> None:
+    """Drop a generation that is over, the last reference to it, in a thread of its own: gloo ends a thread a group,
+    which takes as long as a step may."""
+    held[0].fence()
+    threading.Thread(target=held.clear, name="let-go", daemon=True).start()
 
 
 class NotPrepared(ConcertinaError):

@@ -19,7 +19,7 @@ import torch
 from actors.assignment import Assignment
 from actors.last_words import write_last_words
 from actors.link import RankLink
-from actors.preparation import NotPrepared, Preparation
+from actors.preparation import NotPrepared, Preparation, let_go
 from concertina.elastic.account import Bucket
 from concertina.elastic.messages import (
     Control,
@@ -192,9 +192,9 @@ class Trainer:
 
     def _leave(self) -> None:
         if self._current is not None:
-            self._current.fence()
             self.engine.adopt(None)
-            self._current, self._adopted = None, -1
+            over, self._current, self._adopted = [self._current], None, -1
+            let_go(over)
 
     def _move(self, move: Move, coming: Preparation) -> dict[str, int]:
         """State from members that have it. Bytes moved, by how far."""
@@ -234,7 +234,9 @@ class Trainer:
             self.engine.adopt(coming.share)
         self._verified = None
         if former is not None and former is not coming:
-            former.fence()
+            over = [former]
+            del former
+            let_go(over)
         self.link.stamp.sit(move.generation, coming.seating)
         self.link.regrouped()
         if coming.share is not None:

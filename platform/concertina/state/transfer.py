@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUND_BYTES", "Holdings", "TransferReport", "transfer"]
 
-ROUND_BYTES = 64 << 20
+ROUND_BYTES = 8 << 20
 """What a pair exchanges in one round at most."""
 
 Holdings = dict[str, list[tuple[Box, tuple[Tensor, Tensor, Tensor]]]]
