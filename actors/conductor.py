@@ -75,6 +75,7 @@ class Conductor:
         self._broken: BaseException | None = None
         self.address = ray.util.get_node_ip_address()
         self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
+        self.server.recorded = self.book.recorded
         self.hands = Hands(plan, self.server.address, self.journal.next_member)
         self.recruiter = Recruiter(plan, self.hands)
         self.evidence = Evidence(self.hands, self.server)

@@ -174,6 +174,10 @@ class Prepare(Message):
     fresh: bool = False
     """Whether the weights begin with their start values."""
 
+    def __post_init__(self) -> None:
+        host, port = self.store  # JSON makes a list of it
+        object.__setattr__(self, "store", (host, port))
+
 
 @dataclass(frozen=True)
 class Move(Message):
