@@ -131,12 +131,13 @@ class Regrouping:
     def look(self) -> None:
         """Begin what is due without anything having happened."""
         generations, now = self.generations, time.monotonic()
-        if self.asked_to_stop and generations.shortage is None:
-            return
         if (not generations.possible and generations.coming is None) or generations.shortage:
-            if self._enough(now):
+            if self._enough(now) and not self.asked_to_stop:
                 self._change = self._change or Change("start", [], None)
-                self._do(generations.begin())
+                orders = generations.begin()
+                if generations.coming is not None:
+                    self.book.move(RunEvent.CAPACITY)
+                self._do(orders)
             return
         if not generations.is_settled:
             return
@@ -144,7 +145,7 @@ class Regrouping:
             self._change = Change("network", [], generations.seating)
             self.book.move(RunEvent.LOSS, "the network between members broke")
             self._do(generations.begin())
-        elif self._grows(now):
+        elif not self.asked_to_stop and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
 
@@ -265,6 +266,7 @@ class Regrouping:
         self.server.recorded = self.book.recorded
         self.book.move(RunEvent.FORMED)
         self._write_journal()
+        self.book.end_if_finished()
         if self.asked_to_stop:
             self.stop()
 
@@ -336,8 +338,10 @@ class Regrouping:
             return
         newest = max(generations.possible)
         if all(at_work.get(member) == newest for member in seating.members):
-            generations.possible = {newest: seating}
+            # They may still be moving into it: older seatings stay possible until the next report says otherwise.
             self.book.sit(newest, seating.layout.world, 0)
+            self.book.move(RunEvent.FORMED)
+            self.book.end_if_finished()
             return
         self._change = Change("coordinator", [], seating)
         self._do(generations.begin())

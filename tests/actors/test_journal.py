@@ -61,6 +61,16 @@ def test_what_is_written_replaces_what_was(path: Path) -> None:
     assert (found.pids, found.seatings) == ({1: 2}, {7: NEW})
 
 
+def test_who_is_lost_is_looked_for_no_more(path: Path) -> None:
+    journal = written(path)
+    journal.forget(11)
+    journal.forget(99)
+    journal.write()
+    found = Journal.open(path, "first")
+    assert (found.pids, found.nodes) == ({0: 4711}, {0: "node-a"})
+    assert found.seatings == {4: OLD, 6: NEW}, "generations remember it: others may have its state"
+
+
 def test_it_says_who_wrote_it(path: Path) -> None:
     written(path)
     assert json.loads(path.read_text())["coordinator_pid"] == os.getpid()

@@ -184,7 +184,7 @@ GARBAGE = {
     "list": b"[]\n",
     "long": b"x" * 10_000,
     "types": b'{"hello": {"member": "0"}}\n',
-    "a rank of old": b'{"hello": {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0}}\n',
+    "a rank of old": b'{"hello": {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": ""}}\n',
 }
 
 

@@ -129,11 +129,12 @@ class RolledBack(Message):
 
 @dataclass(frozen=True)
 class Finished(Message):
-    """This rank left the loop in order: `reason` is `done`, `stopped` or `anomaly`."""
+    """This rank of a generation left the loop in order: `reason` is `done`, `stopped` or `anomaly`."""
 
     rank: int
     step: int
     reason: str
+    generation: int = 0
 
 
 @dataclass(frozen=True)
