@@ -136,12 +136,13 @@ class Regrouping:
     def look(self) -> None:
         """Begin what is due without anything having happened."""
         generations, now = self.generations, time.monotonic()
-        if self.asked_to_stop and generations.shortage is None and not generations.is_stuck:
-            return
         if (not generations.possible and generations.coming is None) or generations.shortage:
-            if self._enough(now):
+            if self._enough(now) and not self.asked_to_stop:
                 self._change = self._change or Change("start", [], None)
-                self._do(generations.begin())
+                orders = generations.begin()
+                if generations.coming is not None:
+                    self.book.move(RunEvent.CAPACITY)
+                self._do(orders)
             return
         if self._stuck(now):
             self._complaint_since = None
@@ -149,7 +150,7 @@ class Regrouping:
             if not generations.trains:
                 self.book.move(RunEvent.LOSS, "the network between members broke")
             self._do(generations.begin(planned=True))
-        elif generations.is_settled and self._grows(now):
+        elif generations.is_settled and not self.asked_to_stop and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
 
@@ -274,6 +275,7 @@ class Regrouping:
         self.book.move(RunEvent.FORMED)
         self.accounting.write()
         self._write_journal()
+        self.book.end_if_finished()
         if self.asked_to_stop:
             self.stop()
 
@@ -341,6 +343,8 @@ class Regrouping:
         seating = generations.seating
         if seating is not None and not orders and generations.is_settled:
             self.book.sit(max(generations.possible), seating.layout.world, 0)
+            self.book.move(RunEvent.FORMED)
+            self.book.end_if_finished()
         elif seating is not None:
             self._change = Change("coordinator", [], seating)
         self._do(orders)

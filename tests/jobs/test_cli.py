@@ -128,6 +128,7 @@ def test_exit_codes_are_those_of_the_documentation() -> None:
         "DataError": 2,
         "RunFailed": 100,
         "RankFailure": 100,
+        "StateError": 100,
         "NotFoundError": 102,
         "RunStopped": 103,
         "CapacityError": 104,
