@@ -370,6 +370,10 @@ def test_a_spare_may_be_the_only_one_that_knows_of_a_generation() -> None:
     live(5934, length=600)
 
 
+def test_who_fails_in_a_generation_is_heard_however_long_ago_it_was_last_asked() -> None:
+    live(9655, length=600)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(8))

@@ -189,6 +189,7 @@ class Generations:
     def halt(self, report: Halted) -> list[Order]:
         """A member computes nothing and says what it has."""
         is_new = report.answers >= self._answering or report.generation == self._adopted >= 0
+        is_new |= self.coming is not None and report.failed == self.coming.number  # nobody was told that before
         if report.member not in self.present or not is_new:
             return []
         self.reports[report.member] = report
