@@ -17,6 +17,8 @@ import psutil
 import ray
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
+from actors.strike import SIGNALS, end_node
+from concertina.elastic.chaos import Deed
 from concertina.elastic.waits import BOUNDS
 from infra.processes import is_alive, start_time
 
@@ -47,10 +49,17 @@ class Wards:
 
     def end(self, pids: list[int] | None = None) -> None:
         """Kill these, or all. One that is gone already is what was wanted; one never heard of is left alone."""
+        self.send(signal.SIGKILL, pids)
+
+    def send(self, number: signal.Signals, pids: list[int] | None = None) -> list[int]:
+        """As `end` with another signal; those that got it."""
+        told = []
         for pid, started in self._started.items():
             if (pids is None or pid in pids) and is_alive(pid, started):
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, number)
+                    told.append(pid)
+        return told
 
 
 class NodeAgent:
@@ -83,6 +92,21 @@ class NodeAgent:
     def end(self, pids: list[int]) -> None:
         """Kill processes of ranks."""
         self._wards.end(pids)
+
+    # -- on purpose ---------------------------------------------------------------------------------------------------
+
+    def strike(self, deed: Deed, pids: list[int]) -> list[int]:
+        """Kill, freeze or thaw processes of the run on this node, its coordinator and this agent among them; those that
+        were there. Like `end` it touches nothing that the coordinator has not told it of."""
+        if os.getpid() in pids:
+            os.kill(os.getpid(), SIGNALS[deed])
+        return [*self._wards.send(SIGNALS[deed], pids), *self._coordinator.send(SIGNALS[deed], pids)]
+
+    def end_node(self) -> None:
+        """Kill the raylet and every process below it, this one too."""
+        end_node()
+
+    # -- the lease's thread -------------------------------------------------------------------------------------------
 
     def _watch_lease(self) -> None:
         while not self._run_out():

@@ -62,6 +62,7 @@ class Conductor:
         folder = RunFolder(plan.folder)
         self.events = EventLog(folder.events_file, plan.run_id)
         self.journal = Journal.open(folder.journal_file, plan.session)
+        self.journal.cluster = ray.get_runtime_context().gcs_address
         past = read_last_session(folder.events_file)
         self.restarted = past.session == plan.session
         if not self.restarted:
@@ -189,9 +190,13 @@ class Conductor:
             self.recruiter.blame(loss)
         self.regrouping.lose(losses)  # who is left is told before anything is tidied up
         for loss in losses:
+            # A coordinator that restarts must not take it back: it may live, cut off or frozen.
+            self.journal.pids.pop(loss.member, None)
+            self.journal.nodes.pop(loss.member, None)
             self.hands.lose(loss.member)
             if loss.reason is Reason.NODE:
                 self.hands.lose_node(loss.node)
+        self.journal.write()
 
     def _obey(self) -> None:
         """Stop if somebody wants it, or if nobody watches any more."""
@@ -209,12 +214,15 @@ class Conductor:
     def _recruit(self) -> None:
         if not self.regrouping.asked_to_stop and not self.book.finished:
             self.recruiter.look()
-        for member in self.hands.born():
+        born = self.hands.born()
+        for member in born:
             self.journal.pids[member.number], self.journal.nodes[member.number] = member.pid, member.node_id
             self.journal.next_member = self.hands.next_member
             self.journal.write()
             self.regrouping.arrive(member.number, member.node_id)
             self.book.move(RunEvent.CAPACITY)
+        if born:
+            self.hands.renew_leases()  # an agent ends nobody it was not told of
         self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
 
     def _look_at_shortage(self) -> None:

@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.agent import NodeAgent
-from actors.assignment import Assignment, RunPlan
+from actors.assignment import Assignment, RunPlan, agent_name, member_name
 from actors.coordinator import COORDINATOR
 from actors.rank import Rank
 from concertina.elastic.losses import Reason
@@ -188,10 +188,10 @@ class Hands:
                 self.reservations.append(found)
 
     def _member(self, number: int) -> str:
-        return f"member-{self.plan.session}-{number}"
+        return member_name(self.plan.session, number)
 
     def _agent(self, node_id: str) -> str:
-        return f"agent-{self.plan.session}-{node_id[:8]}"
+        return agent_name(self.plan.session, node_id)
 
     # -- what is known of the members, without waiting ----------------------------------------------------------------
 

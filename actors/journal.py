@@ -26,6 +26,8 @@ class Journal:
     seatings: dict[int, Seating] = field(default_factory=dict)
     last_generation: int = -1
     next_member: int = 0
+    cluster: str = ""
+    """Where the Ray cluster is, for those who look for the run."""
 
     @classmethod
     def open(cls, path: Path, session: str) -> Journal:
@@ -50,6 +52,7 @@ class Journal:
         """Durable before it returns."""
         document: dict[str, Any] = {
             "session": self.session,
+            "cluster": self.cluster,
             "coordinator_pid": os.getpid(),
             "pids": self.pids,
             "nodes": self.nodes,

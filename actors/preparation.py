@@ -52,6 +52,7 @@ class Preparation:
 
     def _run(self, link: RankLink) -> None:
         began = time.perf_counter()
+        link.come_to(0, "preparing")
         try:
             self._prepare()
         except Exception as error:  # noqa: BLE001 - it comes out of `wait`, in the training thread
@@ -59,6 +60,7 @@ class Preparation:
             self._error = error
         else:
             self.seconds = time.perf_counter() - began
+            link.come_to(0, "prepared")
             link.send(Prepared(self.member, self.generation, self.seconds))
         finally:
             self._done.set()

@@ -141,6 +141,7 @@ class Trainer:
         self.link.progress(move.step, "moving")
         moved = self._move(move, coming) if move.source is not None else self._begin(move, coming)
         self._adopt(move, coming)
+        self.link.come_to(move.step, "adopted")
         seconds = {"wait_s": prepared - began, "prepare_s": coming.seconds, "move_s": time.perf_counter() - prepared}
         self.link.send(Formed(self.seat.member, move.generation, move.step, seconds, moved))
 
@@ -178,6 +179,7 @@ class Trainer:
         def verified() -> None:
             if coming.share is not None:
                 self._verified = coming
+            self.link.come_to(move.step, "verified")
 
         report = self.engine.move(coming.share, coming.seating, member, plan, coming.crowd, verified)
         return {"local": report.bytes_local, "moved": report.bytes_received}
@@ -261,4 +263,5 @@ class Trainer:
             failure=failure,
         )
         self.link.client.progress(applied, "halted")
+        self.link.come_to(applied, "halted")
         self.link.send(report)

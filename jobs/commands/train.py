@@ -25,6 +25,10 @@ def train(
         str | None, typer.Option(help="A running Ray cluster, host:port. Absent: RAY_ADDRESS, else a local one.")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="Folder of runs.", show_default="the job's storage_path")] = None,
+    chaos: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LINE", help="Break the run on purpose: 'kill node=1 step=20'. May be repeated."),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Train in the foreground, on a local Ray cluster or a running one. Ctrl-C stops with a checkpoint.
@@ -38,12 +42,14 @@ def train(
       concertina train jobs/quickstart.yaml --set training.steps=50
       concertina train --resume latest --set training.steps=1000
     """
+    from concertina.elastic.chaos import parse
     from concertina.errors import ConfigError
     from jobs.opening import open_job
     from jobs.preparation import prepare_new, prepare_resume
     from jobs.progress import Progress
     from jobs.session import find_place, run_session
 
+    injections = [parse(line) for line in chaos or []]
     more = list(overrides or [])
     if storage is not None:
         more.append(f"storage_path={storage}")
@@ -67,7 +73,7 @@ def train(
         progress.say(f"resuming run {prepared.folder.run_id} after step {prepared.resume_step}")
     else:
         progress.say(f"run {prepared.folder.run_id} in {prepared.folder.path}")
-    code, reason = run_session(prepared, place, progress)
+    code, reason = run_session(prepared, place, progress, injections)
     if code not in (0, 103):
         _root_cause(prepared.folder)
     print_summary(prepared.folder, reason, output)
