@@ -116,7 +116,9 @@ class NodeAgent:
         for name in self._reservations:
             with suppress(ValueError):  # given back already
                 remove_placement_group(get_placement_group(name))
-        os._exit(0)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)  # Ray starts one again that merely exits
+        time.sleep(_LOOK_S)
+        os._exit(0)  # it may be that nobody hears any more
 
     def _end_frozen_coordinator(self) -> None:
         if self._silent_s > BOUNDS["coordinator_frozen"].seconds:

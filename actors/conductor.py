@@ -208,7 +208,9 @@ class Conductor:
             self.book.move(RunEvent.LEFT, f"{reason}, without a checkpoint")
         elif not self.regrouping.asked_to_stop:
             self.book.stop_reason = reason
-            self.book.move(RunEvent.STOP_ASKED, reason)
+            waits = self.book.state in (RunState.WAITING_FOR_CAPACITY, RunState.FORMING)
+            if not (waits and self.regrouping.holds_state):  # else whoever is there first forms, to leave a checkpoint
+                self.book.move(RunEvent.STOP_ASKED, reason)
             self.regrouping.stop()
 
     def _recruit(self) -> None:

@@ -65,10 +65,11 @@ class Regrouping:
         self._deadline: tuple[float, str] | None = None
         self._unseated_since: float | None = None
         self._complaint_since: float | None = None
+        self._too_few: tuple[frozenset[int], bool] | None = None
 
     def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
         found, least = seat(self.plan.job, present, old), self.plan.job.elastic.min_workers
-        if found.layout.world < least:
+        if found.layout.world < least and not self.asked_to_stop:  # to leave a checkpoint anybody will do
             text = f"{len(present)} members are there, elastic.min_workers={least}"
             raise CapacityError(text)
         return found
@@ -131,12 +132,9 @@ class Regrouping:
     def look(self) -> None:
         """Begin what is due without anything having happened."""
         generations, now = self.generations, time.monotonic()
-        if self.asked_to_stop and generations.shortage is None:
-            return
         if (not generations.possible and generations.coming is None) or generations.shortage:
             if self._enough(now):
-                self._change = self._change or Change("start", [], None)
-                self._do(generations.begin())
+                self._begin_anew()
             return
         if not generations.is_settled:
             return
@@ -144,14 +142,33 @@ class Regrouping:
             self._change = Change("network", [], generations.seating)
             self.book.move(RunEvent.LOSS, "the network between members broke")
             self._do(generations.begin())
-        elif self._grows(now):
+        elif not self.asked_to_stop and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
+
+    def _begin_anew(self) -> None:
+        """After a shortage, or for the first time. Who was too few once is so until somebody else comes."""
+        generations, there = self.generations, (frozenset(self.generations.present), self.asked_to_stop)
+        if generations.shortage is not None and there == self._too_few:
+            return
+        self._change = self._change or Change("start", [], None)
+        orders = generations.begin()
+        self._too_few = there if generations.shortage is not None else None
+        if generations.shortage is None:
+            self.book.move(RunEvent.CAPACITY)
+        self._do(orders)
+        if generations.shortage is not None and self.asked_to_stop:
+            self.book.move(RunEvent.STOP_ASKED, f"{self.book.stop_reason}; no checkpoint of the last steps")
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether there is something that a checkpoint could keep."""
+        return bool(self.generations.holders)
 
     def _enough(self, now: float) -> bool:
         """Whether to begin with who is there: all, or enough and no more for a while."""
         there, cluster = len(self.generations.present), self.plan.job.cluster
-        if there >= cluster.num_workers:
+        if there >= cluster.num_workers or (self.asked_to_stop and self.holds_state):
             return True
         gathered = self._unseated_since is not None and now - self._unseated_since > BOUNDS["gather"].seconds
         shortage = self.generations.shortage

@@ -178,4 +178,9 @@ class LocalNodes:
             )
         else:
             params.update(gcs_address=self.address, redis_address=self.address)
+            sockets = self.session_dir / "sockets"  # Ray looks for free names: two that start at once find the same
+            params.update(
+                plasma_store_socket_name=str(sockets / f"plasma_store.n{index}"),
+                raylet_socket_name=str(sockets / f"raylet.n{index}"),
+            )
         return params

@@ -76,6 +76,8 @@ def train(
     code, reason = run_session(prepared, place, progress, injections)
     if code not in (0, 103):
         _root_cause(prepared.folder)
+    if injections and output is Output.TEXT:
+        _print_story(prepared.folder)
     print_summary(prepared.folder, reason, output)
     if code:
         sys.exit(code)
@@ -88,6 +90,15 @@ def _root_cause(folder: Any) -> None:
     errors = [event for event in read_events(folder.events_file) if event.type == EventType.ERROR]
     if errors and errors[-1].data.get("traceback"):
         sys.stderr.write(f"\nrank {errors[-1].data['rank']}, log in {folder.logs}:\n{errors[-1].data['traceback']}\n")
+
+
+def _print_story(folder: Any) -> None:
+    """What became of it that the run was broken: every recovery, and where the time went."""
+    from concertina.track.summary import summarize
+    from jobs.ledger_facts import ledger_lines, recovery_lines
+
+    found = summarize(folder)
+    sys.stdout.write("\n" + "".join(f"{line}\n" for line in [*recovery_lines(found), *ledger_lines(found)]))
 
 
 def print_summary(folder: Any, reason: str, output: Output) -> None:
