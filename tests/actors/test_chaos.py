@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.assignment import member_name
+from actors.assignment import agent_name, member_name
 from actors.injector import Injector, Strike
 from concertina.elastic.chaos import parse
 from concertina.layout import Seating
@@ -81,6 +81,14 @@ class Stage:
     def do(self, line: str) -> None:
         self.injector.carry_out(parse(line))
 
+    def command(self, *words: str) -> dict[str, object]:
+        """The same as a person does it; what it says it did."""
+        run = self.drive.run
+        line = [sys.executable, "-m", "jobs.cli", "chaos", run.run_id, *words, "--storage", str(run.storage)]
+        done = subprocess.run([*line, "-o", "json"], env=environment(), capture_output=True, text=True, timeout=BOUND_S)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
     def lay(self, line: str) -> threading.Thread:
         """Carry it out in a thread: its fuse is laid when this returns."""
         own = Injector(self.drive.run, self.injector.access, self.strikes.append)
@@ -118,6 +126,12 @@ class Stage:
             facts = ray.get(actor.describe.remote(), timeout=BOUND_S)
             found[member] = facts["pid"], facts["engine"]
         return found
+
+    def agent(self, node: str) -> int:
+        """Its process."""
+        session = json.loads(self.drive.run.journal_file.read_text())["session"]
+        actor = ray.get_actor(agent_name(session, node), f"concertina-{self.drive.run.run_id}")
+        return int(ray.get(actor.describe.remote(), timeout=BOUND_S)["pid"])
 
     def recoveries(self) -> int:
         return len(self.drive.events(EventType.RECOVERY))
@@ -194,7 +208,9 @@ def test_a_node_dies_and_another_comes(
     doomed = stage.injector.scene().find(parse("kill node=1")).node
     dead = {m for m, node in stage.injector.scene().nodes.items() if node == doomed}
     stage.do(f"kill node=1 step={step}")
-    stage.do("join")
+    assert stage.strikes[-1].what == f"killed node {doomed[:8]}"
+    told = stage.command("join")
+    assert (told["injection"], told["run_id"]) == ("join", stage.drive.run.run_id)
     stage.settles(count + 1, 4)
     kept = {member: facts for member, facts in stage.engines().items() if member in before}
     assert kept == {member: facts for member, facts in before.items() if member not in dead}
@@ -204,16 +220,24 @@ def test_a_node_dies_and_another_comes(
 def test_a_frozen_rank_that_thaws_is_nobody(
     start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:
-    """With its node's agent gone nobody ends it while it stands: it wakes up in a run that went on without it."""
+    """Its node's agent is frozen as well, so that nobody ends it while it stands: it wakes up, in the middle of what it
+    did, while the others go on without it."""
     stage = Stage(start(*FOUR, *NO_CHECKPOINT), cluster)
-    scene, count = stage.injector.scene(), stage.recoveries()
-    victim = scene.find(parse("freeze rank=1"))
-    stage.do(f"kill agent={scene.order.index(victim.node)}")
-    os.kill(victim.pid, signal.SIGSTOP)
+    count, before = stage.recoveries(), stage.engines()
+    victim = stage.injector.scene().find(parse("freeze rank=1"))
+    agent = stage.agent(victim.node)
+    try:
+        for pid in (agent, victim.pid):
+            os.kill(pid, signal.SIGSTOP)
+        stage.drive.wait(lambda: stage.drive.states()[-1] == "recovering", BOUND_S)
+        os.kill(victim.pid, signal.SIGCONT)
+    finally:
+        os.kill(agent, signal.SIGCONT)
     stage.settles(count)
-    os.kill(victim.pid, signal.SIGCONT)
+    assert {m: facts for m, facts in stage.engines().items() if m in before} == {
+        m: facts for m, facts in before.items() if m != victim.member
+    }
     wait_until(lambda: not alive({victim.pid}), 30)
-    stage.settles(count)
     stage.ends_well(reference, nothing_left)
 
 
