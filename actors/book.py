@@ -73,6 +73,10 @@ class Book:
             self._exit_code = data.get("exit_code")
             self.event(EventType.STATE, self.step, state=state.value, reason=reason, **data)
 
+    def takes(self, message: Message) -> bool:
+        """Whether it is one to be recorded; the others are for whoever makes generations."""
+        return type(message) in self._handlers
+
     def record(self, message: Message) -> None:
         """Take in one message of a rank."""
         with self._mutex:
@@ -82,7 +86,6 @@ class Book:
         """A generation of so many ranks has formed and goes on after `step`."""
         with self._mutex:
             self.generation, self.world = generation, world
-            self.finished.clear()
             self.step = max(self.step, step)
 
     def fill(self, records: list[dict[str, Any]], step: int) -> None:
@@ -117,7 +120,8 @@ class Book:
 
     @property
     def all_finished(self) -> bool:
-        return len(self.finished) == self.world > 0
+        of_this = [message for message in self.finished.values() if message.generation == self.generation]
+        return len(of_this) == self.world > 0
 
     def _tell_checkpoint(self, manifest: Manifest) -> None:
         self._written[EventType.CHECKPOINT] = manifest.step
@@ -165,12 +169,20 @@ class Book:
         self.go_back(message.to_step)
 
     def _on_finished(self, message: Finished) -> None:
-        self.finished[message.rank] = message
-        if not self.all_finished:
-            return
-        if message.reason == "done":
-            self.move(RunEvent.DONE)
-        elif message.reason == "stopped":
-            self.move(RunEvent.LEFT, self.stop_reason)
-        else:
-            self.move(RunEvent.FAILURE, f"the anomaly policy stopped the run at step {message.step}")
+        # A quick rank may be done before a slow one has said that its generation has formed.
+        if message.generation >= self.generation:
+            self.finished[message.rank] = message
+        self.end_if_finished()
+
+    def end_if_finished(self) -> None:
+        """The run is over when every rank of the generation has left."""
+        with self._mutex:
+            if not self.all_finished:
+                return
+            last = next(message for message in self.finished.values() if message.generation == self.generation)
+            if last.reason == "done":
+                self.move(RunEvent.DONE)
+            elif last.reason == "stopped":
+                self.move(RunEvent.LEFT, self.stop_reason)
+            else:
+                self.move(RunEvent.FAILURE, f"the anomaly policy stopped the run at step {last.step}")

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from actors.assignment import RunPlan
 from actors.book import Book
@@ -76,6 +77,7 @@ class Conductor:
         self._broken: BaseException | None = None
         self.address = ray.util.get_node_ip_address()
         self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
+        self.server.recorded = self.book.recorded
         self.hands = Hands(plan, self.server.address, self.journal.next_member)
         self.recruiter = Recruiter(plan, self.hands)
         self.evidence = Evidence(self.hands, self.server)
@@ -169,7 +171,7 @@ class Conductor:
         if own:
             first = own[0]
             reason = Reason.USER_ERROR if first.exit_code == 2 else Reason.RAISED
-            text = f"rank {first.rank} raised {first.kind_of_error}: {first.message}"
+            text = f"member {first.rank} raised {first.kind_of_error}: {first.message}"
             raise RankFailure(text, rank=first.rank, reason=reason.value, traceback=first.traceback)
         losses = self.evidence.look(self.regrouping.complaining) + self.regrouping.late(self.hands.members)
         known = {loss.member for loss in losses}
@@ -179,7 +181,7 @@ class Conductor:
                 losses.append(Loss(error.rank, node, Reason.HARDWARE, error.message))
         for loss in losses:
             if loss.reason.ends_the_run:
-                raise RankFailure(f"rank {loss.member} {loss.text}", rank=loss.member, reason=loss.reason.value)
+                raise RankFailure(f"member {loss.member}: {loss.text}", rank=loss.member, reason=loss.reason.value)
         if losses:
             self._lose(losses)
 
@@ -190,9 +192,7 @@ class Conductor:
             self.recruiter.blame(loss)
         self.regrouping.lose(losses)  # who is left is told before anything is tidied up
         for loss in losses:
-            # A coordinator that restarts must not take it back: it may live, cut off or frozen.
-            self.journal.pids.pop(loss.member, None)
-            self.journal.nodes.pop(loss.member, None)
+            self.journal.forget(loss.member)
             self.hands.lose(loss.member)
             if loss.reason is Reason.NODE:
                 self.hands.lose_node(loss.node)
@@ -212,6 +212,8 @@ class Conductor:
             if not (waits and self.regrouping.holds_state):  # else whoever is there first forms, to leave a checkpoint
                 self.book.move(RunEvent.STOP_ASKED, reason)
             self.regrouping.stop()
+        elif self.book.state is RunState.WAITING_FOR_CAPACITY and not self.regrouping.holds_state:
+            self.book.move(RunEvent.STOP_ASKED, reason)  # all were lost while they stopped: nobody is waited for
 
     def _recruit(self) -> None:
         if not self.regrouping.asked_to_stop and not self.book.finished:
@@ -222,7 +224,6 @@ class Conductor:
             self.journal.next_member = self.hands.next_member
             self.journal.write()
             self.regrouping.arrive(member.number, member.node_id)
-            self.book.move(RunEvent.CAPACITY)
         if born:
             self.hands.renew_leases()  # an agent ends nobody it was not told of
         self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
@@ -256,7 +257,7 @@ class Conductor:
             return
         answers = self.hands.adopt(members, self.journal.nodes)
         ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=BOUNDS["ask_ray"].seconds)
-        at_work = {member: ray.get(answer) for member, answer in answers.items() if answer in ready}
+        at_work = {member: _generation(answer) for member, answer in answers.items() if answer in ready}
         self.hands.renew_leases()
         self.regrouping.reattach({m: member.node_id for m, member in self.hands.members.items()}, at_work)
 
@@ -292,3 +293,11 @@ class Conductor:
 
     def _close_tracking(self) -> None:
         self.sink.close(BOUNDS["tracking_close"].timedelta)
+
+
+def _generation(answer: Any) -> int:
+    """Which one a member that was asked is at work in; -1 when it has ended since, which `Hands.gone` tells."""
+    try:
+        return int(ray.get(answer))
+    except RayActorError:
+        return -1

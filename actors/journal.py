@@ -48,6 +48,11 @@ class Journal:
             document["next_member"],
         )
 
+    def forget(self, member: int) -> None:
+        """It is lost; the next `write` says so."""
+        self.pids.pop(member, None)
+        self.nodes.pop(member, None)
+
     def write(self) -> None:
         """Durable before it returns."""
         document: dict[str, Any] = {

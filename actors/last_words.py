@@ -32,8 +32,9 @@ def write_last_words(
         with EventLog(folder.events_file, plan.run_id) as events:
             book = Book(events, plan.checkpoints, plan.job.checkpoint.keep)
             book.generation = generation
-            for document in unheard:
-                book.record(decode(document))
+            for message in map(decode, unheard):
+                if book.takes(message):
+                    book.record(message)
             left = f"a checkpoint of step {step}" if complete is Ending.DONE else "no new checkpoint"
             book.move(RunEvent.FAILURE, f"the coordinator was gone for good; its ranks left {left}", exit_code=100)
     except ConcertinaError as error:  # somebody else writes, or the disk is full

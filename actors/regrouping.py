@@ -282,6 +282,7 @@ class Regrouping:
         self.server.recorded = self.book.recorded
         self.book.move(RunEvent.FORMED)
         self._write_journal()
+        self.book.end_if_finished()
         if self.asked_to_stop:
             self.stop()
 
@@ -353,8 +354,10 @@ class Regrouping:
             return
         newest = max(generations.possible)
         if all(at_work.get(member) == newest for member in seating.members):
-            generations.possible = {newest: seating}
+            # They may still be moving into it: older seatings stay possible until the next report says otherwise.
             self.book.sit(newest, seating.layout.world, 0)
+            self.book.move(RunEvent.FORMED)
+            self.book.end_if_finished()
             return
         self._change = Change("coordinator", [], seating)
         self._do(generations.begin())

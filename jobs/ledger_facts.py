@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from concertina.elastic.account import Account, Bucket
-from concertina.track.recovery import PHASES, Recovery
+from concertina.track.recovery import PHASES, Recovery, short_node
 from concertina.track.summary import RunSummary
 
 __all__ = ["goodput_line", "ledger_facts", "ledger_lines", "recovery_facts", "recovery_lines"]
@@ -102,5 +102,5 @@ def recovery_lines(summary: RunSummary) -> Iterator[str]:
 def _phases(recovery: Recovery) -> str:
     told = [f"detected {recovery.detected_s:.2f}s"]
     told += [f"{name.removesuffix('_s')} {recovery.phases[name]:.2f}s" for name in PHASES if name in recovery.phases]
-    where = f", on {recovery.cause.node}" if recovery.cause.node else ""
+    where = f", on {short_node(recovery.cause.node)}" if recovery.cause.node else ""
     return ", ".join(told) + where

@@ -8,6 +8,7 @@ from typing import Any
 
 from concertina.track.events import Event
 from concertina.track.mlflow_place import ui_command
+from concertina.track.recovery import short_node
 from concertina.track.run import RunFolder
 from concertina.track.summary import RunSummary
 from jobs.ledger_facts import ledger_facts, ledger_lines, recovery_facts, recovery_lines
@@ -171,7 +172,7 @@ def _brief(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} {_brief(item)}" for key, item in value.items()) + "}"
-    return " ".join(str(value).split())
+    return short_node(" ".join(str(value).split()))
 
 
 def _iso(ts_ns: int) -> str:

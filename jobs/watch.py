@@ -129,7 +129,7 @@ class Watch:
             names = [
                 found["name"] for found in list_named_actors(all_namespaces=True) if found["namespace"] == namespace
             ]
-            if not any(name.startswith("rank") for name in names):
+            if not any(name.startswith("member") for name in names):
                 return
             self._show()
             time.sleep(POLL_S)

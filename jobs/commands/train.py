@@ -84,12 +84,12 @@ def train(
 
 
 def _root_cause(folder: Any) -> None:
-    """The traceback of the rank that broke the run, before everything else."""
+    """The traceback of the member that broke the run, before everything else."""
     from concertina.track.events import EventType, read_events
 
     errors = [event for event in read_events(folder.events_file) if event.type == EventType.ERROR]
     if errors and errors[-1].data.get("traceback"):
-        sys.stderr.write(f"\nrank {errors[-1].data['rank']}, log in {folder.logs}:\n{errors[-1].data['traceback']}\n")
+        sys.stderr.write(f"\nmember {errors[-1].data['rank']}, log in {folder.logs}:\n{errors[-1].data['traceback']}\n")
 
 
 def _print_story(folder: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra import LocalCluster
-from tests.actors.drive import Drive, alive, write_job
+from tests.actors.drive import SHORT, Drive, alive, write_job
 from tests.track.conftest import IN_MEMORY
 from tests.waiting import wait_until
 
@@ -39,6 +39,15 @@ def cluster() -> Iterator[LocalCluster]:
         started.access.connect("tests")
         yield started
         ray.shutdown()
+
+
+@pytest.fixture(scope="package")
+def reference(ground: Path, cluster: LocalCluster) -> Drive:
+    """A run that nobody disturbs."""
+    words = [str(ground / "tiny.yaml"), *SHORT, "-o", "json"]
+    drive = Drive(ground / "reference", words, ground / "runs", cluster.address)
+    assert drive.ends() == 0, drive.err
+    return drive
 
 
 @pytest.fixture

@@ -17,10 +17,13 @@ import psutil
 import yaml
 
 from concertina.track.events import Event, EventType, read_events, void_after
+from concertina.track.recovery import MemberNews, MemberWhat, Recovery
 from concertina.track.run import RunFolder
 from tests.waiting import wait_until
 
 ENDLESS = "training.steps=100000"
+STEPS = 150
+SHORT = ("--set", f"training.steps={STEPS}", "--set", "training.eval_every_steps=50")
 
 JOB: dict[str, Any] = {
     "name": "tiny",
@@ -131,7 +134,7 @@ class Drive:
         return [event.data["state"] for event in self.events(EventType.STATE)]
 
     def journal(self) -> dict[str, Any]:
-        """Where the coordinator and its ranks are; waits until they train. Remembers their processes."""
+        """Where the coordinator and its members are; waits until they have seats. Remembers their processes."""
 
         def read() -> dict[str, Any]:
             try:
@@ -139,10 +142,18 @@ class Drive:
             except FileNotFoundError:
                 return {}
 
-        self.wait(lambda: read().get("pids"))
+        self.wait(lambda: read().get("seatings"))
         found = read()
         self.pids |= {found["coordinator_pid"], *found["pids"].values()}
         return found
+
+    def recoveries(self) -> list[Recovery]:
+        return [Recovery.from_json(event.data) for event in self.events(EventType.RECOVERY)]
+
+    def lost(self) -> dict[int, str]:
+        """Members that were lost, and why."""
+        news = [MemberNews.from_json(event.data) for event in self.events(EventType.MEMBER)]
+        return {told.member: told.reason for told in news if told.what is MemberWhat.LOST}
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 

@@ -1,142 +1,168 @@
-"""Is a rank lost only on proof or after a long silence, and does the blame wait for its evidence?"""
+"""Is a member lost only on proof, or after a silence that cannot be anything else?"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
-from concertina.elastic.blame import Blame
 
-from actors.book import Book
 from actors.evidence import Evidence
 from actors.hands import Member
 from concertina.elastic.channel.server import Silence
-from concertina.elastic.messages import Finished, RankError
+from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.waits import BOUNDS
-from concertina.track.events import EventLog
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.unit
 
-BUSY_S = BOUNDS["silence_busy"].seconds
+SILENCE_S, BUSY_S = BOUNDS["silence"].seconds, BOUNDS["silence_busy"].seconds
 
 
 @dataclass
 class FakeHands:
-    """Three ranks; what Ray and the agents would say of them."""
+    """Three members; what Ray and the agents would say of them."""
 
     members: dict[int, Member] = field(
-        default_factory=lambda: {r: Member(r, "node", None, pid=100 + r) for r in range(3)}
+        default_factory=lambda: {m: Member(m, f"node-{m}", None, pid=100 + m) for m in range(3)}
     )
-    dead: dict[int, str] = field(default_factory=dict)
+    dead: dict[int, tuple[Reason, str]] = field(default_factory=dict)
     stopped: set[int] = field(default_factory=set)
+    asked: list[int] = field(default_factory=list)
 
-    def gone(self) -> dict[int, str]:
+    def gone(self) -> dict[int, tuple[Reason, str]]:
         return self.dead
 
-    def is_stopped(self, member: Member) -> bool:
-        return member.rank in self.stopped
+    def is_stopped(self, number: int) -> bool:
+        self.asked.append(number)
+        return number in self.stopped
 
 
 @dataclass
 class FakeServer:
-    """Seconds of silence of connected ranks."""
+    """Seconds of silence of connected members, all at one step."""
 
     silent_s: dict[int, float] = field(default_factory=lambda: dict.fromkeys(range(3), 0.0))
     phase: str = "step"
+    step: int = 5
 
     def silences(self) -> dict[int, Silence]:
-        return {rank: Silence(seconds, 5, self.phase, 0.0) for rank, seconds in self.silent_s.items()}
+        return {member: Silence(seconds, self.step, self.phase, 0.0) for member, seconds in self.silent_s.items()}
 
 
-@dataclass
 class Scene:
-    book: Book
-    hands: FakeHands = field(default_factory=FakeHands)
-    server: FakeServer = field(default_factory=FakeServer)
+    """Evidence, and a clock that goes on when the test says so."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        self.hands, self.server = FakeHands(), FakeServer()
         hands: Any = self.hands
         server: Any = self.server
-        self.evidence = Evidence(self.book, hands, server)
+        self.evidence = Evidence(hands, server)
 
-    def lost(self) -> dict[int, str]:
-        self.evidence.look()
-        return self.book.lost
+    def lost(self, complaining: bool = False) -> list[Loss]:
+        return self.evidence.look(complaining)
 
-    def blamed(self) -> Blame:
-        wait_until(self.evidence.look)
-        found = self.evidence.look()
-        assert found is not None
-        return found
+    def silent(self, member: int, seconds: float) -> list[Loss]:
+        """Nobody makes a step, and one says nothing, for so long."""
+        self.lost()
+        self.now += seconds
+        self.server.silent_s[member] = seconds
+        return self.lost()
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    with EventLog(tmp_path / "events.jsonl", "run-1") as log:
-        yield Scene(Book(log, tmp_path, world=3, generation=0, keep=2))
+def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(monkeypatch)
 
 
 def test_nothing_is_wrong(scene: Scene) -> None:
-    assert scene.evidence.look() is None
-    assert scene.lost() == {}
+    assert scene.lost() == scene.lost(complaining=True) == []
+    assert scene.hands.asked == [], "agents are asked on suspicion only"
 
 
-def test_rays_word_is_proof(scene: Scene) -> None:
-    scene.hands.dead = {1: "its process was killed"}
-    assert scene.evidence.look() is None, "the blame waits for others' evidence"
-    assert str(scene.blamed()) == "rank 1 died: its process was killed"
+@pytest.mark.parametrize("reason", [Reason.KILLED, Reason.OUT_OF_MEMORY, Reason.NODE, Reason.RAISED])
+def test_rays_word_is_proof(scene: Scene, reason: Reason) -> None:
+    scene.hands.dead = {1: (reason, "its process was killed")}
+    del scene.server.silent_s[1]
+    assert scene.lost() == [Loss(1, "node-1", reason, "its process was killed")]
 
 
-def test_who_raised_is_to_blame_though_another_died_first(scene: Scene) -> None:
-    scene.hands.dead = {1: "its process was killed"}
-    scene.evidence.look()
-    scene.book.record(RankError(2, "ValueError", "boom", "Traceback", 1, secondary=False))
-    assert str(scene.blamed()) == "rank 2 raised ValueError: boom"
+def test_several_are_lost_at_once(scene: Scene) -> None:
+    scene.hands.dead = {1: (Reason.NODE, "its node died"), 2: (Reason.NODE, "its node died")}
+    assert [loss.member for loss in scene.lost()] == [1, 2]
 
 
-def test_silence_of_a_while_is_no_loss(scene: Scene) -> None:
-    scene.server.silent_s[1] = BUSY_S / 2
-    assert scene.lost() == {}
+@pytest.mark.parametrize(("phase", "bound_s"), [("step", SILENCE_S), ("checkpoint", BUSY_S), ("moving", BUSY_S)])
+def test_silence_in_a_world_that_stands_still(scene: Scene, phase: str, bound_s: float) -> None:
+    scene.server.phase = phase
+    assert scene.silent(1, bound_s - 0.5) == []
+    found = scene.silent(1, bound_s + 1)
+    assert found == [Loss(1, "node-1", Reason.FROZEN, f"silent for {bound_s + 1:.1f} s, at step 5, {phase}")]
 
 
-@pytest.mark.parametrize("phase", ["step", "checkpoint"])
-def test_silence_beyond_the_bound_is(scene: Scene, phase: str) -> None:
-    scene.server.silent_s[1], scene.server.phase = BUSY_S + 1, phase
-    assert scene.lost() == {1: f"froze: silent for {BUSY_S + 1:.0f} s, at step 5, {phase}"}
-    assert scene.blamed().reason == "frozen"
+def test_silence_in_a_world_that_goes_on_is_only_slowness(scene: Scene) -> None:
+    """Its peers could not make a step without it: it computes, and its supervisor's thread does not get to speak."""
+    scene.lost()
+    for _ in range(20):
+        scene.now += SILENCE_S - 0.5
+        scene.server.step += 1
+        scene.server.silent_s[1] += SILENCE_S - 0.5
+        assert scene.lost() == []
 
 
 def test_a_process_that_stands_still_is_lost_once_it_is_suspected(scene: Scene) -> None:
     scene.hands.stopped = {1}
-    assert scene.lost() == {}
-    scene.server.silent_s[1] = BOUNDS["silence"].seconds + 1
-    assert scene.lost() == {1: "froze: its process 101 is stopped, at step 5, step"}
+    assert scene.lost() == []
+    assert scene.silent(1, SILENCE_S * 0.6) == [
+        Loss(1, "node-1", Reason.FROZEN, "its process is stopped, at step 5, step")
+    ]
+    assert scene.hands.asked == [1]
 
 
-def test_a_connection_may_be_made_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+@pytest.mark.parametrize(("complaining", "bound"), [(False, "cut_off_alone"), (True, "cut_off")])
+def test_a_broken_connection_may_be_made_again(scene: Scene, complaining: bool, bound: str) -> None:
+    """For a while, which is short when peers have lost it as well."""
+    bound_s = BOUNDS[bound].seconds
     del scene.server.silent_s[1]
-    assert scene.lost() == {}
-    now += BUSY_S - 1
-    assert scene.lost() == {}
+    assert scene.lost(complaining) == []
+    scene.now += bound_s * 0.9
+    assert scene.lost(complaining) == []
     scene.server.silent_s[1] = 0.0
-    assert scene.lost() == {}
+    assert scene.lost(complaining) == []
     del scene.server.silent_s[1]
-    now += BUSY_S + 1
-    assert scene.lost() == {}, "counted from the second time"
-    now += BUSY_S + 1
-    assert scene.lost() == {1: f"not connected for {BUSY_S + 1:.0f} s"}
+    scene.now += bound_s * 2
+    assert scene.lost(complaining) == [], "counted from the second time"
+    scene.now += bound_s * 1.1
+    assert scene.lost(complaining) == [Loss(1, "node-1", Reason.DISCONNECTED, "its connection broke")]
 
 
-def test_who_has_finished_or_not_begun_may_be_silent(scene: Scene) -> None:
-    scene.book.record(Finished(0, 5, "done"))
+def test_peers_that_complain_shorten_a_wait_that_has_begun(scene: Scene) -> None:
+    del scene.server.silent_s[1]
+    assert scene.lost() == []
+    scene.now += BOUNDS["cut_off"].seconds * 1.1
+    assert scene.lost() == []
+    assert [loss.reason for loss in scene.lost(complaining=True)] == [Reason.DISCONNECTED]
+
+
+def test_who_stood_still_itself_blames_nobody(scene: Scene) -> None:
+    scene.lost()
+    del scene.server.silent_s[2]
+    scene.lost()
+    scene.now += 60.0
+    scene.evidence.forgive()
+    scene.server.silent_s[1] = 60.0
+    assert scene.lost() == []
+    scene.now += BOUNDS["cut_off_alone"].seconds + 1
+    assert {loss.member for loss in scene.lost()} == {1, 2}
+
+
+def test_who_is_not_born_may_be_silent(scene: Scene) -> None:
+    """Its process starts, imports and builds; it has a bound of its own."""
     scene.hands.members[1].pid = 0
-    scene.server.silent_s = {0: BUSY_S + 1, 2: 0.0}
-    scene.hands.dead = {0: "its process ended"}
-    assert scene.lost() == {}
+    del scene.server.silent_s[1]
+    scene.lost()
+    scene.now += BUSY_S + 1
+    scene.server.silent_s = {0: 0.0, 2: 0.0}
+    assert scene.lost() == []

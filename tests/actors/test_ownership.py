@@ -1,4 +1,5 @@
-"""Somebody of a run is killed, frozen or broken: is the outcome right, the culprit named, and nothing left behind?"""
+"""Somebody of a run is killed, frozen or broken: does it go on where it can, is the culprit named where it cannot, and
+is nothing left behind?"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from concertina.state.manifest import list_checkpoints, verify
 from concertina.track.events import EventType
 from infra import LocalCluster
 from tests.actors.conftest import Start
-from tests.actors.drive import ENDLESS, Drive, alive, environment
+from tests.actors.drive import ENDLESS, SHORT, Drive, alive, environment
 from tests.actors.mlflow_copy import MlflowPage
 from tests.infra.sockets import tree
 from tests.waiting import wait_until
@@ -67,30 +69,52 @@ def test_killed_driver_the_coordinator_stops_with_a_checkpoint(start: Start, not
 # -- the coordinator ---------------------------------------------------------------------------------------------------
 
 
-def test_killed_coordinator_the_run_goes_on_to_its_end(start: Start, nothing_left: NothingLeft) -> None:
+def test_killed_coordinator_the_run_goes_on_to_its_end(
+    start: Start, cluster: LocalCluster, nothing_left: NothingLeft
+) -> None:
     drive = start("--set", "training.steps=400", "--set", "checkpoint.every_steps=200")
     drive.reaches(3)
-    ranks, killed = drive.journal()["pids"], kill_coordinator(drive)
+    ranks, before = drive.journal()["pids"], describe(drive)
+    killed = kill_coordinator(drive)
     drive.wait(lambda: drive.journal()["coordinator_pid"] != killed)
     assert drive.journal()["pids"] == ranks
     assert alive(set(ranks.values())) == set(ranks.values())
+    assert describe(drive) == before
     assert drive.ends() == 0, drive.err
     assert list(drive.steps())[-1] == 400
     assert "training: the coordinator restarted" in drive.lines
     assert drive.states()[-1] == "finished"
+    assert {event.generation for event in drive.events(EventType.STEP)} == {0}, "ranks trained on"
     nothing_left(drive)
     assert in_mlflow(drive) == "FINISHED"
 
 
-def test_killed_before_the_ranks_had_formed_it_begins_anew(start: Start, nothing_left: NothingLeft) -> None:
+def test_killed_before_the_members_had_formed_the_next_one_takes_them_over(
+    start: Start, nothing_left: NothingLeft
+) -> None:
     drive = start("--set", "training.steps=20")
     drive.wait(lambda: re.search(r"^run ", drive.err, re.MULTILINE))
-    drive.wait(lambda: "forming" in drive.states())
-    os.kill(json.loads(drive.run.journal_file.read_text())["coordinator_pid"], signal.SIGKILL)
+    drive.wait(lambda: drive.run.journal_file.exists() and read_journal(drive)["pids"])
+    os.kill(read_journal(drive)["coordinator_pid"], signal.SIGKILL)
     assert drive.ends() == 0, drive.err
     assert list(drive.steps())[-1] == 20
-    assert {event.generation for event in drive.events(EventType.STEP)} == {1}
     assert len(drive.events(EventType.START)) == 1
+    assert drive.states()[-2:] == ["training", "finished"]
+    nothing_left(drive)
+    assert in_mlflow(drive) == "FINISHED"
+
+
+def test_coordinator_and_a_member_killed_together(start: Start, reference: Drive, nothing_left: NothingLeft) -> None:
+    """The one that comes back finds a generation that nobody can go on with, and makes the next."""
+    drive = start(*SHORT, *THREE)
+    drive.reaches(10)
+    before = drive.journal()
+    os.kill(before["pids"]["1"], signal.SIGKILL)
+    os.kill(before["coordinator_pid"], signal.SIGKILL)
+    assert drive.ends() == 0, drive.err
+    assert drive.steps() == pytest.approx(reference.steps(), rel=1e-10, abs=0)
+    assert drive.events(EventType.ROLLBACK) == []
+    assert drive.events(EventType.STEP)[-1].generation > 0
     nothing_left(drive)
     assert in_mlflow(drive) == "FINISHED"
 
@@ -150,7 +174,9 @@ def read_journal(drive: Drive) -> dict[str, int]:
     return dict(json.loads(drive.run.journal_file.read_text()))
 
 
-# -- a rank ------------------------------------------------------------------------------------------------------------
+# -- a member ----------------------------------------------------------------------------------------------------------
+
+THREE = ("--set", "cluster.num_workers=3", "--set", "layout.ep=1")
 
 
 def fails(drive: Drive, reason: str) -> None:
@@ -162,56 +188,147 @@ def fails(drive: Drive, reason: str) -> None:
     assert in_mlflow(drive) == "FAILED"
 
 
-def test_killed_rank_is_named_and_the_run_can_be_resumed(start: Start, nothing_left: NothingLeft) -> None:
-    drive = start("--set", ENDLESS, "--set", "cluster.num_workers=3", "--set", "layout.ep=1")
+def describe(drive: Drive) -> dict[str, dict[str, Any]]:
+    """What every member's actor says of itself, by the actor's id."""
+    import ray
+    from ray.util import list_named_actors
+
+    namespace = f"concertina-{drive.run.run_id}"
+    found = [found["name"] for found in list_named_actors(all_namespaces=True) if found["namespace"] == namespace]
+    actors = [ray.get_actor(name, namespace) for name in found if name.startswith("member-")]
+    answers = {actor._actor_id.hex(): actor.describe.remote() for actor in actors}
+    told = {}
+    for actor, answer in answers.items():
+        with suppress(ray.exceptions.RayActorError):  # the one that was killed
+            told[actor] = dict(ray.get(answer, timeout=60))
+    return told
+
+
+def test_a_killed_member_costs_no_step_and_the_others_stay_who_they_are(
+    start: Start, reference: Drive, cluster: LocalCluster, nothing_left: NothingLeft
+) -> None:
+    drive = start("--set", "training.steps=1000", *SHORT[2:], *THREE)
+    drive.reaches(5)
+    before, killed = describe(drive), drive.journal()["pids"]["1"]
+    assert {facts["pid"] for facts in before.values()} == set(drive.journal()["pids"].values())
+    os.kill(killed, signal.SIGKILL)
+    drive.wait(lambda: drive.recoveries())
+    after = describe(drive)
+    survivors = {actor: facts for actor, facts in before.items() if facts["pid"] != killed}
+    assert {actor: after.get(actor) for actor in survivors} == survivors, "actor, process and engine are the same"
+    first = drive.recoveries()[0]
+    assert (first.cause.reason, first.cause.member, first.cause.rank) == ("killed", 1, 1)
+    assert (first.world_before, first.world_after) == (3, 2)
+    assert "killed" in drive.lost()[1]
+    drive.wait(lambda: len(drive.recoveries()) > 1)
+    second = drive.recoveries()[1]
+    assert (second.cause.reason, second.world_before, second.world_after) == ("join", 2, 3)
+    drive.wait(lambda: max(drive.steps()) >= second.step + 3)
+    assert {actor: facts for actor, facts in describe(drive).items() if actor in survivors} == survivors
+    drive.send(signal.SIGINT)
+    assert drive.ends() == 103, drive.err
+    assert drive.events(EventType.ROLLBACK) == []
+    assert newest(drive) == list(drive.steps())[-1]
+    assert in_mlflow(drive) == "KILLED"
+    nothing_left(drive)
+
+
+def test_after_a_loss_every_loss_is_the_uninterrupted_runs(
+    start: Start, reference: Drive, nothing_left: NothingLeft
+) -> None:
+    drive = start(*SHORT, *THREE)
+    drive.reaches(10)
+    os.kill(drive.journal()["pids"]["0"], signal.SIGKILL)  # the first rank, which speaks for all
+    assert drive.ends() == 0, drive.err
+    assert drive.recoveries()[0].cause.member == 0
+    assert drive.steps() == pytest.approx(reference.steps(), rel=1e-10, abs=0)
+    assert drive.events(EventType.ROLLBACK) == []
+    steps = [event.step for event in drive.events(EventType.EVAL)]
+    assert steps == [50, 100, 150]
+    assert drive.states()[-1] == "finished"
+    line = next(line for line in drive.lines if line.startswith("member 0 lost on node "))
+    assert re.match(r"member 0 lost on node [0-9a-f]{8}\W", line), line
+    assert not re.search(r"[0-9a-f]{56}", drive.err)
+    nothing_left(drive)
+    assert in_mlflow(drive) == "FINISHED"
+
+
+def test_all_members_killed_it_goes_back_to_its_checkpoint(
+    start: Start, reference: Drive, nothing_left: NothingLeft
+) -> None:
+    drive = start(*SHORT)
     drive.reaches(25)
-    os.kill(drive.journal()["pids"]["1"], signal.SIGKILL)
-    fails(drive, r"rank 1 died: its process was killed \(SIGKILL")
-    assert f"concertina train --resume {drive.run.run_id}" in drive.out
+    for pid in drive.journal()["pids"].values():
+        os.kill(pid, signal.SIGKILL)
+    assert drive.ends() == 0, drive.err
+    back = drive.events(EventType.ROLLBACK)
+    assert [event.data["to_step"] % 20 for event in back] == [0]
+    assert drive.steps() == pytest.approx(reference.steps(), rel=1e-10, abs=0)
     nothing_left(drive)
+    assert in_mlflow(drive) == "FINISHED"
 
 
-def test_killed_rank_that_forms_is_named(start: Start, cluster: LocalCluster, nothing_left: NothingLeft) -> None:
+def test_killed_member_that_forms_is_replaced(start: Start, cluster: LocalCluster, nothing_left: NothingLeft) -> None:
     """Its peers would wait for it for two minutes."""
-    drive = start("--set", ENDLESS)
-    drive.wait(lambda: ranks_below(cluster.keeper_pid))
-    ranks_below(cluster.keeper_pid)[0].kill()
-    fails(drive, r"rank \d died: its process was killed \(SIGKILL")
-    assert list_checkpoints(drive.run.checkpoints) == []
-    assert "--resume" not in drive.out
+    drive = start("--set", "training.steps=20")
+    drive.wait(lambda: members_below(cluster.keeper_pid))
+    members_below(cluster.keeper_pid)[0].kill()
+    assert drive.ends() == 0, drive.err
+    assert list(drive.steps())[-1] == 20
+    assert list(drive.lost()) in ([0], [1])
+    assert drive.states()[-1] == "finished"
     nothing_left(drive)
 
 
-def ranks_below(pid: int) -> list[psutil.Process]:
-    """Ray names a worker after what it does: `ray::rank-generation0-1:Rank.__init__`, later `ray::Rank`."""
+def members_below(pid: int) -> list[psutil.Process]:
+    """Ray names a worker after what it does: `ray::member-0123abcd-1:Rank.__init__`, later `ray::Rank`."""
     found = []
     for process in tree(pid):
         with suppress(psutil.NoSuchProcess):
-            if re.match(r"ray::(rank-.*:)?Rank", " ".join(process.cmdline())):
+            if re.match(r"ray::(member-.*:)?Rank", " ".join(process.cmdline())):
                 found.append(process)
     return found
 
 
-def test_frozen_rank_is_named_and_ended(start: Start, nothing_left: NothingLeft) -> None:
-    drive = start("--set", ENDLESS)
-    drive.reaches(3)
-    rank = drive.journal()["pids"]["0"]
-    os.kill(rank, signal.SIGSTOP)
-    fails(drive, rf"rank 0 froze: its process {rank} is stopped, at step \d+")
+def test_a_frozen_member_is_ended_and_the_run_goes_on(
+    start: Start, reference: Drive, nothing_left: NothingLeft
+) -> None:
+    drive = start(*SHORT, *THREE)
+    drive.reaches(10)
+    frozen = drive.journal()["pids"]["1"]
+    os.kill(frozen, signal.SIGSTOP)
+    assert drive.ends() == 0, drive.err
+    assert re.match("frozen: (its process is stopped|silent for .* s), at step", drive.lost()[1])
+    assert not alive({frozen})
+    assert drive.steps() == pytest.approx(reference.steps(), rel=1e-10, abs=0)
+    assert drive.events(EventType.ROLLBACK) == []
     nothing_left(drive)
 
 
-def test_a_rank_that_raises_is_named_with_its_traceback(start: Start, nothing_left: NothingLeft) -> None:
-    """Where its checkpoint should go is a file: rank 1's own part, so that no other rank fails."""
+def test_stopped_while_it_recovers_it_keeps_every_step(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start("--set", ENDLESS, *THREE, "--set", "checkpoint.every_steps=100000")
+    drive.reaches(10)
+    os.kill(drive.journal()["pids"]["2"], signal.SIGKILL)
+    drive.send(signal.SIGINT)
+    assert drive.ends() == 103, drive.err
+    assert drive.lines[-1] == "stopped: Ctrl-C"
+    assert newest(drive) == list(drive.steps())[-1]
+    assert drive.events(EventType.ROLLBACK) == []
+    nothing_left(drive)
+    assert in_mlflow(drive) == "KILLED"
+
+
+def test_a_member_that_raises_is_named_with_its_traceback(start: Start, nothing_left: NothingLeft) -> None:
+    """Where its checkpoint should go is a folder: rank 1's own part, so that no other rank fails."""
     drive = start("--set", ENDLESS)
     drive.said("forming")
     partial = drive.run.checkpoints / ".step-00000020.generation0"
     (partial / "shard-00002-model-00001-of-00001.safetensors").mkdir(parents=True)
-    fails(drive, "rank 1 raised CheckpointError: .*could not write")
+    fails(drive, "member 1 raised CheckpointError: .*could not write")
     error = drive.events(EventType.ERROR)[-1].data
     assert (error["rank"], error["traceback"].splitlines()[0]) == (1, "Traceback (most recent call last):")
-    assert "rank 1, log in " in drive.err
-    assert drive.err.index("rank 1, log in ") < drive.err.index("Traceback")
+    assert "member 1, log in " in drive.err
+    assert drive.err.index("member 1, log in ") < drive.err.index("Traceback")
     nothing_left(drive)
 
 
@@ -234,7 +351,7 @@ def test_ranks_whose_checkpoints_do_not_fit_end_the_run(start: Start, nothing_le
     drive.reaches(25)
     for pid in drive.journal()["pids"].values():
         psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
-    fails(drive, r"rank \d raised CheckpointError: .*could not write")
+    fails(drive, r"member \d raised CheckpointError: .*could not write")
     assert f"concertina train --resume {drive.run.run_id}" in drive.out
     nothing_left(drive)
 
@@ -247,6 +364,6 @@ def test_a_corpus_that_is_gone_fails_in_one_line(start: Start, ground: Path, not
     drive.wait(lambda: re.search(r"^run ", drive.err, re.MULTILINE))
     shutil.rmtree(storage / "data")
     assert drive.ends() == 100, drive.err
-    assert re.match(r"failed: rank \d raised \w+: ", drive.lines[-1]) or "Traceback" in drive.err
+    assert re.match(r"failed: member \d: its process could not begin: ", drive.lines[-1]) or "Traceback" in drive.err
     assert drive.states()[-1] == "failed"
     nothing_left(drive)

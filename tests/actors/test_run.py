@@ -14,14 +14,13 @@ import pytest
 
 from concertina.state.manifest import list_checkpoints, read_manifest, verify
 from concertina.track.events import EventType
-from infra import LocalCluster
+from concertina.track.recovery import MemberNews, MemberWhat
 from tests.actors.conftest import Start
-from tests.actors.drive import ENDLESS, Drive
+from tests.actors.drive import ENDLESS, SHORT, STEPS, Drive
 from tests.actors.mlflow_copy import MlflowPage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]  # minutes only where other work holds the machine
 
-STEPS = 150
 KEYS = {
     "run_id",
     "mlflow_run_id",
@@ -33,19 +32,11 @@ KEYS = {
     "tokens",
     "seconds",
     "tokens_per_s",
+    "goodput",
+    "usd",
     "status",
 }
-SHORT = ("--set", f"training.steps={STEPS}", "--set", "training.eval_every_steps=50")
 NothingLeft = Callable[[Drive], None]
-
-
-@pytest.fixture(scope="module")
-def reference(ground: Path, cluster: LocalCluster) -> Drive:
-    """A run that nobody disturbs."""
-    words = [str(ground / "tiny.yaml"), *SHORT, "-o", "json"]
-    drive = Drive(ground / "reference", words, ground / "runs", cluster.address)
-    assert drive.ends() == 0, drive.err
-    return drive
 
 
 def test_the_last_line_is_a_summary(reference: Drive) -> None:
@@ -98,14 +89,32 @@ def test_mlflow_holds_every_step_once(reference: Drive) -> None:
     assert all(model.tags["mlflow.model.isExternal"] == "true" for model in models.values())
 
 
-def test_each_rank_has_a_log_that_says_who_speaks(reference: Drive) -> None:
-    for rank in range(2):
-        lines = (reference.run.logs / f"rank-{rank}.log").read_text().splitlines()
-        prefix = re.compile(rf"\[gen 0 \| rank {rank} pp0 dp{rank} ep{rank} \| step (\d+)\] ")
-        steps = [int(prefix.match(line)[1]) for line in lines]  # type: ignore[index]
+def test_each_member_has_a_log_that_says_who_speaks(reference: Drive) -> None:
+    ranks = set()
+    for member in range(2):
+        lines = (reference.run.logs / f"member-{member}.log").read_text().splitlines()
+        seat = r"gen 0 \| rank (?P<rank>\d) pp0 dp(?P=rank) ep(?P=rank)"
+        prefix = re.compile(rf"\[(?:member {member}|{seat}) \| step (?P<step>\d+)\] ")
+        found = [prefix.match(line) for line in lines]
+        assert all(found), lines
+        steps = [int(match["step"]) for match in found if match]
         assert steps == sorted(steps)
         assert (steps[0], steps[-1]) == (0, STEPS)
+        ranks |= {match["rank"] for match in found if match}
+    assert ranks == {None, "0", "1"}
     assert (reference.run.logs / "coordinator.log").exists()
+
+
+def test_its_members_and_its_generation_are_events(reference: Drive) -> None:
+    news = [MemberNews.from_json(event.data) for event in reference.events(EventType.MEMBER)]
+    assert sorted((told.member, told.what) for told in news if told.what is MemberWhat.READY) == [
+        (0, MemberWhat.READY),
+        (1, MemberWhat.READY),
+    ]
+    assert reference.lost() == {}
+    (event,) = reference.events(EventType.GENERATION)
+    assert (event.step, event.data["world"], event.data["reason"]) == (0, 2, "start")
+    assert reference.recoveries() == []
 
 
 def test_nothing_is_left_of_it(reference: Drive, nothing_left: NothingLeft) -> None:
@@ -200,12 +209,13 @@ def test_a_loss_that_is_none_stops_it_where_the_job_says_so(start: Start, nothin
 
 # -- room --------------------------------------------------------------------------------------------------------------
 
-MUCH = ("--set", "cluster.num_workers=6", "--set", "training.global_batch_size=6")
+MUCH = ("--set", "cluster.num_workers=6")
+ALL = ("--set", "elastic.min_workers=6")
 WAITS = "waiting for 6 workers of 1 CPU each: 4 fit now on 2 nodes, 4 at most on these nodes"
 
 
-def test_a_job_too_large_says_what_it_waits_for(start: Start, nothing_left: NothingLeft) -> None:
-    drive = start(*MUCH)
+def test_a_job_that_may_not_begin_smaller_says_what_it_waits_for(start: Start, nothing_left: NothingLeft) -> None:
+    drive = start(*MUCH, *ALL)
     drive.said(WAITS)
     drive.send(signal.SIGINT)
     assert drive.ends() == 103, drive.err
@@ -215,8 +225,19 @@ def test_a_job_too_large_says_what_it_waits_for(start: Start, nothing_left: Noth
 
 
 def test_and_gives_up_when_its_bound_is_over(start: Start, nothing_left: NothingLeft) -> None:
-    drive = start(*MUCH, "--set", "cluster.capacity_timeout_s=1")
+    drive = start(*MUCH, *ALL, "--set", "cluster.capacity_timeout_s=1")
     assert drive.ends() == 104, drive.err
     assert drive.lines[-1].startswith(f"failed: gave up after 1 s {WAITS}")
     assert MlflowPage(drive.run).status == "FAILED"
+    nothing_left(drive)
+
+
+def test_a_job_too_large_begins_with_the_members_there_are(
+    reference: Drive, start: Start, nothing_left: NothingLeft
+) -> None:
+    drive = start(*MUCH, *SHORT)
+    assert drive.ends() == 0, drive.err
+    assert [event.data["world"] for event in drive.events(EventType.GENERATION)] == [4]
+    assert any(line.startswith(f"waiting for capacity: {WAITS}") for line in drive.lines)
+    assert drive.steps() == pytest.approx(reference.steps(), rel=1e-10, abs=0)
     nothing_left(drive)

@@ -27,11 +27,11 @@ pytestmark = pytest.mark.unit
 TOKEN = "a token of this test"
 LOOPBACK = "127.0.0.1"
 
-# A rank in a process of its own: says one thing, beats, and holds the interpreter from then on when asked to.
+# A member in a process of its own: says one thing, beats, and holds the interpreter from then on when asked to.
 PROGRAM = """
 import sys, time
 from concertina.elastic.channel import ChannelClient
-client = ChannelClient(("127.0.0.1", int(sys.argv[1])), sys.argv[2], rank=1, generation=0)
+client = ChannelClient(("127.0.0.1", int(sys.argv[1])), sys.argv[2], member=1)
 client.start(lambda document: None)
 client.progress(7, "step")
 client.send({"hello": "from a process"})
@@ -46,12 +46,12 @@ class Ear:
         self.events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self.messages: list[dict[str, Any]] = []
 
-    def heard(self, rank: int, document: dict[str, Any]) -> None:
+    def heard(self, member: int, document: dict[str, Any]) -> None:
         self.messages.append(document)
-        self.events.put(("heard", rank, document))
+        self.events.put(("heard", member, document))
 
-    def lost(self, rank: int, evidence: str) -> None:
-        self.events.put(("lost", rank, evidence))
+    def lost(self, member: int, evidence: str) -> None:
+        self.events.put(("lost", member, evidence))
 
     def next(self) -> tuple[Any, ...]:
         return self.events.get(timeout=20)
@@ -63,15 +63,15 @@ class Hall:
     def __init__(self) -> None:
         self._closers: list[Callable[[], None]] = []
 
-    def server(self, ear: Ear, generation: int = 0, received: dict[str, int] | None = None) -> ChannelServer:
-        server = ChannelServer(LOOPBACK, TOKEN, generation, ear.heard, ear.lost, received)
+    def server(self, ear: Ear, received: dict[str, int] | None = None) -> ChannelServer:
+        server = ChannelServer(LOOPBACK, TOKEN, ear.heard, ear.lost, received)
         self._closers.append(server.close)
         return server
 
     def client(
-        self, address: tuple[str, int], rank: int = 0, generation: int = 0, token: str = TOKEN
+        self, address: tuple[str, int], member: int = 0, token: str = TOKEN
     ) -> tuple[ChannelClient, list[dict[str, Any]]]:
-        client, told = ChannelClient(address, token, rank, generation), []
+        client, told = ChannelClient(address, token, member), []
         client.start(told.append)
         self._closers.append(client.close)
         return client, told
@@ -92,7 +92,7 @@ def greet(address: tuple[str, int], token: str = TOKEN, **changes: Any) -> socke
     """A client of the test's own, up to and with its greeting."""
     connection = socket.create_connection(address, timeout=10)
     first = json.loads(connection.makefile().readline())
-    hello = {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0} | changes
+    hello = {"member": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0} | changes
     nonce = new_nonce()
     mac = prove(token, "client", first["nonce"], nonce, hello)
     connection.sendall(to_line({"hello": hello, "nonce": nonce, "mac": mac}))
@@ -127,22 +127,22 @@ def test_messages_come_in_order_and_words_go_back(hall: Hall) -> None:
 def test_it_listens_on_its_address_only() -> None:
     for anywhere in ("", "0.0.0.0", "::"):
         with pytest.raises(ValueError, match="one address of this node"):
-            ChannelServer(anywhere, TOKEN, 0, Ear().heard, Ear().lost)
+            ChannelServer(anywhere, TOKEN, Ear().heard, Ear().lost)
 
 
-def test_a_word_to_a_rank_that_is_not_there_yet_waits_for_it(hall: Hall) -> None:
+def test_a_word_to_a_member_that_is_not_there_yet_waits_for_it(hall: Hall) -> None:
     server = hall.server(Ear())
     server.send(3, {"stop": True})
-    _, told = hall.client(server.address, rank=3)
+    _, told = hall.client(server.address, member=3)
     wait_until(lambda: told == [{"stop": True}])
 
 
 def test_the_wrong_token_gets_nothing(hall: Hall) -> None:
     ear = Ear()
     server = hall.server(ear)
-    stranger, _ = hall.client(server.address, rank=1, token="another")
+    stranger, _ = hall.client(server.address, member=1, token="another")
     stranger.send({"let me": "in"})
-    friend, _ = hall.client(server.address, rank=0)
+    friend, _ = hall.client(server.address, member=0)
     friend.send({"I am": "known"})
     assert friend.flush(timedelta(seconds=20))
     assert ear.messages == [{"I am": "known"}]
@@ -155,7 +155,7 @@ def test_a_recorded_greeting_is_worth_nothing(hall: Hall) -> None:
     server = hall.server(Ear())
     first = socket.create_connection(server.address, timeout=10)
     recorded = prove(TOKEN, "client", "an older nonce", "n", {})
-    hello = {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0}
+    hello = {"member": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0}
     first.sendall(to_line({"hello": hello, "nonce": "n", "mac": recorded}))
     assert is_closed(first)
     assert server.connected() == {}
@@ -183,7 +183,8 @@ GARBAGE = {
     "deep": b"[" * 4000 + b"\n",
     "list": b"[]\n",
     "long": b"x" * 10_000,
-    "types": b'{"hello": {"rank": "0"}}\n',
+    "types": b'{"hello": {"member": "0"}}\n',
+    "a rank of old": b'{"hello": {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": ""}}\n',
 }
 
 
@@ -219,32 +220,32 @@ def test_a_killed_process_is_lost_at_once(hall: Hall, hold: str, wanted: str) ->
     server = hall.server(ear)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = PROGRAM.replace("time.sleep(600)", hold)
-    rank = subprocess.Popen([sys.executable, "-c", program, str(server.address[1]), TOKEN], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", program, str(server.address[1]), TOKEN], env=environment)
     assert ear.next() == ("heard", 1, {"hello": "from a process"})
     wait_until(lambda: server.silences()[1].step == 7)
-    rank.send_signal(signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     kind, who, evidence = ear.next()
     assert (kind, who) == ("lost", 1)
     assert evidence in ("eof", "reset")
     assert not server.silences()
-    rank.wait()
+    process.wait()
 
 
 def test_a_frozen_process_is_silent_and_not_lost(hall: Hall) -> None:
     ear = Ear()
     server = hall.server(ear)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    rank = subprocess.Popen([sys.executable, "-c", PROGRAM, str(server.address[1]), TOKEN], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(server.address[1]), TOKEN], env=environment)
     assert ear.next()[0] == "heard"
-    rank.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGSTOP)
     wait_until(lambda: server.silences()[1].suspicious)
     assert server.silences()[1].phase == "step"
-    rank.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)
     wait_until(lambda: not server.silences()[1].suspicious)
     assert ear.events.empty()
-    rank.kill()
+    process.kill()
     assert ear.next()[:2] == ("lost", 1)
-    rank.wait()
+    process.wait()
 
 
 def test_a_goodbye_is_no_loss(hall: Hall) -> None:
@@ -260,7 +261,7 @@ def test_a_goodbye_is_no_loss(hall: Hall) -> None:
     assert ear.events.empty()
 
 
-def test_a_rank_that_comes_again_replaces_its_old_connection(hall: Hall) -> None:
+def test_a_member_that_comes_again_replaces_its_old_connection(hall: Hall) -> None:
     ear = Ear()
     server = hall.server(ear)
     old = greet(server.address)
@@ -274,19 +275,19 @@ def test_a_rank_that_comes_again_replaces_its_old_connection(hall: Hall) -> None
 
 
 def test_a_new_server_elsewhere_gets_every_message_once(hall: Hall) -> None:
-    """The coordinator restarts five times, each time at another port, while two ranks go on talking."""
+    """The coordinator restarts five times, each time at another port, while two members go on talking."""
     ear = Ear()
     server = hall.server(ear)
-    clients = [hall.client(server.address, rank)[0] for rank in (0, 1)]
+    clients = [hall.client(server.address, member)[0] for member in (0, 1)]
     done = threading.Event()
 
-    def talk(client: ChannelClient, rank: int) -> None:
+    def talk(client: ChannelClient, member: int) -> None:
         for index in range(2000):
-            client.send({"rank": rank, "index": index})
+            client.send({"member": member, "index": index})
             if index % 20 == 0:
                 done.wait(0.005)
 
-    talkers = [threading.Thread(target=talk, args=(client, rank)) for rank, client in enumerate(clients)]
+    talkers = [threading.Thread(target=talk, args=(client, member)) for member, client in enumerate(clients)]
     for talker in talkers:
         talker.start()
     for _ in range(5):
@@ -299,22 +300,22 @@ def test_a_new_server_elsewhere_gets_every_message_once(hall: Hall) -> None:
     for talker in talkers:
         talker.join()
     assert all(client.flush(timedelta(seconds=30)) for client in clients)
-    for rank in (0, 1):
-        assert [m["index"] for m in ear.messages if m["rank"] == rank] == list(range(2000))
+    for member in (0, 1):
+        assert [m["index"] for m in ear.messages if m["member"] == member] == list(range(2000))
 
 
 def test_what_was_heard_but_never_acknowledged_is_not_heard_again(hall: Hall) -> None:
-    """The connection broke between the hearing and the acknowledgement: the rank must say it again."""
+    """The connection broke between the hearing and the acknowledgement: the member must say it again."""
     ear = Ear()
     server = hall.server(ear)
     for _ in range(2):
-        with greet(server.address) as rank:
-            rank.sendall(to_line({"seq": 1, "say": {"first": 1}}))
+        with greet(server.address) as member:
+            member.sendall(to_line({"seq": 1, "say": {"first": 1}}))
             wait_until(lambda: server.received.get("i") == 1)
     other = hall.server(ear, received=server.received)
-    with greet(other.address) as rank:
-        acked = json.loads(rank.makefile().readline())["acked"]
-        rank.sendall(to_line({"seq": 1, "say": {"first": 1}}) + to_line({"seq": 2, "say": {"second": 2}}))
+    with greet(other.address) as member:
+        acked = json.loads(member.makefile().readline())["acked"]
+        member.sendall(to_line({"seq": 1, "say": {"first": 1}}) + to_line({"seq": 2, "say": {"second": 2}}))
         wait_until(lambda: other.received == {"i": 2})
     assert acked == 1
     assert ear.messages == [{"first": 1}, {"second": 2}]
@@ -336,34 +337,74 @@ def test_words_come_once_over_a_broken_connection(hall: Hall) -> None:
     wait_until(lambda: told == [{"word": 1}, {"word": 2}, {"word": 1}])
 
 
-def test_an_older_generation_is_shut_out(hall: Hall) -> None:
-    ear = Ear()
-    server = hall.server(ear, generation=4)
-    late, _ = hall.client(server.address, rank=1, generation=3)
-    late.send({"too": "late"})
-    wait_until(lambda: late.fenced_by == 4)
-    assert not late.is_connected
-    assert ear.messages == []
-
-
-def test_a_new_generation_cuts_off_the_ranks_of_the_old(hall: Hall) -> None:
+def test_a_member_that_is_expelled_hears_no_more_and_is_not_heard(hall: Hall) -> None:
     ear = Ear()
     server = hall.server(ear)
-    client, _ = hall.client(server.address)
-    wait_until(lambda: client.is_connected)
-    server.fence(1)
-    wait_until(lambda: client.fenced_by == 1)
+    client, told = hall.client(server.address, member=1)
+    other, _ = hall.client(server.address, member=0)
+    wait_until(lambda: client.is_connected and other.is_connected)
+    server.expel(1)
+    wait_until(lambda: client.is_expelled)
+    wait_until(lambda: not client.is_connected)
+    server.send(1, {"an": "order"})
     client.send({"too": "late"})
     assert not client.flush(timedelta(seconds=0.1))
-    assert ear.messages == []
-    assert ear.events.empty()
-    present, _ = hall.client(server.address, generation=1)
-    present.send({"in": "time"})
-    assert present.flush(timedelta(seconds=20))
-    assert ear.messages == [{"in": "time"}]
+    other.send({"still": "here"})
+    assert other.flush(timedelta(seconds=20))
+    assert ear.messages == [{"still": "here"}]
+    assert ear.events.qsize() == 1, "who was expelled is not lost as well"
+    assert told == []
+    assert not other.is_expelled
 
 
-def test_a_rank_knows_for_how_long_nobody_was_there(hall: Hall) -> None:
+def test_an_expelled_member_that_was_away_learns_it_when_it_comes_back(hall: Hall) -> None:
+    """It stood still meanwhile, or the network did. What it wanted to say counts no more."""
+    ear = Ear()
+    server = hall.server(ear)
+    server.expel(3)
+    late, told = hall.client(server.address, member=3)
+    late.send({"too": "late"})
+    wait_until(lambda: late.is_expelled)
+    server.send(3, {"an": "order"})
+    assert is_closed(greet(server.address, member=3, incarnation="another life of it"))
+    assert not late.is_connected
+    assert (ear.messages, told) == ([], [])
+    assert 3 not in server.connected()
+
+
+def test_a_stranger_cannot_say_that_a_member_is_expelled(hall: Hall) -> None:
+    with socket.create_server((LOOPBACK, 0)) as false:
+        client, _ = hall.client(false.getsockname()[:2])
+        connection, _ = false.accept()
+        connection.sendall(to_line({"nonce": "x", "server": "false"}))
+        connection.recv(4096)
+        connection.sendall(to_line({"expelled": True, "mac": "0" * 64}))
+        wait_until(lambda: is_closed(connection))
+    assert not client.is_expelled
+
+
+def test_members_learn_how_far_the_run_is_written_down(hall: Hall) -> None:
+    server = hall.server(Ear())
+    client, _ = hall.client(server.address)
+    assert client.recorded == 0
+    server.recorded = 7
+    client.send({"a": "message"})
+    wait_until(lambda: client.recorded == 7)
+    server.recorded = 9  # and without a message: beats are answered as well
+    wait_until(lambda: client.recorded == 9)
+
+
+def test_steps_that_are_done_again_are_not_written_down_any_more(hall: Hall) -> None:
+    """After a roll back: members must keep what they know of the steps that follow."""
+    server = hall.server(Ear())
+    client, _ = hall.client(server.address)
+    server.recorded = 7
+    wait_until(lambda: client.recorded == 7)
+    server.recorded = 5
+    wait_until(lambda: client.recorded == 5)
+
+
+def test_a_member_knows_for_how_long_nobody_was_there(hall: Hall) -> None:
     server = hall.server(Ear())
     client, _ = hall.client(server.address)
     wait_until(lambda: client.is_connected and client.silent_s < 0.5)
@@ -373,10 +414,10 @@ def test_a_rank_knows_for_how_long_nobody_was_there(hall: Hall) -> None:
 
 
 def test_a_queue_that_nobody_empties_is_an_error() -> None:
-    client = ChannelClient((LOOPBACK, 1), TOKEN, rank=2, generation=0)
+    client = ChannelClient((LOOPBACK, 1), TOKEN, member=2)
     for index in range(10_000):
         client.send({"index": index})
-    with pytest.raises(RankFailure, match="none of this rank's last 10000 messages") as raised:
+    with pytest.raises(RankFailure, match="none of this member's last 10000 messages") as raised:
         client.send({"one": "more"})
     assert raised.value.data["rank"] == 2
 

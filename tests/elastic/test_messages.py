@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from concertina.elastic import messages
-from concertina.elastic.messages import Committed, Control, Message, RankError, decode, encode
+from concertina.elastic.messages import Committed, Control, Message, Move, Prepare, RankError, decode, encode
+from concertina.layout import Layout, Seating
 
 pytestmark = pytest.mark.unit
 
 KINDS = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Message)]
 numbers = st.floats(allow_nan=False)
-VALUES = {
+json_like = st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5)
+documents = st.dictionaries(st.text(), json_like, max_size=3)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": st.integers(),
+    "int | None": st.none() | st.integers(),
     "float": numbers,
     "bool": st.booleans(),
     "str": st.text(),
+    "str | None": st.none() | st.text(),
+    "tuple[str, int]": st.tuples(st.text(), st.integers()),
+    "list[int]": st.lists(st.integers()),
+    "list[float] | None": st.none() | st.lists(numbers),
+    "list[dict[str, Any]]": st.lists(documents, max_size=3),
+    "dict[str, str]": st.dictionaries(st.text(), st.text()),
+    "dict[str, int]": st.dictionaries(st.text(), st.integers()),
     "dict[str, float]": st.dictionaries(st.text(), numbers),
-    "dict[str, Any]": st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists)),
+    "dict[str, Any]": documents,
+    "dict[str, Any] | None": st.none() | documents,
 }
 
 
@@ -44,7 +57,7 @@ def test_round_trip(message: Message) -> None:
 
 def test_every_message_is_public() -> None:
     assert {kind.__name__ for kind in KINDS} <= set(messages.__all__)
-    assert len(KINDS) > 9
+    assert len(KINDS) > 14
 
 
 @given(any_message)
@@ -55,10 +68,22 @@ def test_a_message_does_not_change(message: Message) -> None:
 
 
 def test_the_wire_names_the_kind() -> None:
-    assert encode(Control(stop=True)) == {"kind": "Control", "stop": True, "checkpoint": False}
+    assert encode(Control(stop=True)) == {"kind": "Control", "stop": True, "checkpoint": False, "regroup": False}
     error = RankError(1, "ValueError", "boom", "Traceback", 1, False)
     assert encode(error)["kind"] == "RankError"
     assert encode(error)["kind_of_error"] == "ValueError"
+
+
+def test_orders_carry_the_seating_they_are_of() -> None:
+    """A member rebuilds from an order, and from nothing else, who sits where."""
+    seating = Seating(Layout.of(3, ep=3), (4, 0, 7), (1, None, 0), spares=(9,))
+    prepare = decode(json.loads(json.dumps(encode(Prepare(5, seating.to_json(), ("127.0.0.1", 4711))))))
+    assert isinstance(prepare, Prepare)
+    assert Seating.from_json(prepare.seating) == seating
+    move = decode(json.loads(json.dumps(encode(Move(6, source=5, seating=seating.to_json(), nodes={"4": "a"})))))
+    assert isinstance(move, Move)
+    assert move.seating is not None
+    assert Seating.from_json(move.seating) == seating
 
 
 def test_what_was_encoded_is_a_copy() -> None:

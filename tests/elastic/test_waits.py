@@ -28,9 +28,15 @@ def test_a_run_without_a_driver_is_gone_within_a_minute() -> None:
 def test_every_bound_says_who_waits_and_what_then() -> None:
     assert all(name == bound.name for name, bound in BOUNDS.items())
     assert all(bound.seconds > 0 and bound.owner and bound.then for bound in BOUNDS.values())
-    assert str(BOUNDS["evidence"]) == (
-        "coordinator waited 1 s (evidence): the failure is judged by the evidence there is"
-    )
+    assert str(BOUNDS["prepare"]) == "coordinator waited 30 s (prepare): members that are not prepared are given up"
+
+
+def test_a_loss_is_found_before_anybody_gives_up_waiting_for_it() -> None:
+    """What the coordinator waits before it gives a member up, against what that member's peers wait."""
+    quick = ("silence", "cut_off", "halt", "complaint")
+    assert max(BOUNDS[name].seconds for name in quick) < BOUNDS["prepare"].seconds < BOUNDS["form"].seconds
+    assert BOUNDS["form"].seconds < BOUNDS["collective"].seconds
+    assert BOUNDS["halt"].seconds + BOUNDS["form"].seconds < BOUNDS["collective"].seconds
 
 
 def test_done_at_once_even_when_interrupted() -> None:

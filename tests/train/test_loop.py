@@ -15,7 +15,7 @@ from concertina.config import Job
 from concertina.elastic.messages import AnomalySeen, Committed, Evaluated, Finished, Message, PartWritten, RolledBack
 from concertina.layout import Layout
 from concertina.state.manifest import checkpoint_folder, commit, list_checkpoints, read_manifest, verify
-from concertina.train.loop import CHECKPOINT, STOP, Loop
+from concertina.train.loop import CHECKPOINT, REGROUP, STOP, Loop, Overtaken
 from tests.distributed import run_distributed
 from tests.train.worlds import engine_on, tiny_job
 
@@ -30,6 +30,8 @@ class Recorder:
     word_at: dict[int, int] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
     step: int = 0
+    recorded: int = 0
+    """What the coordinator says it has; it says so late, or never."""
 
     def word(self) -> int:
         return self.word_at.get(self.step, 0)
@@ -41,7 +43,7 @@ class Recorder:
         self.sent.append(message)
         if isinstance(message, PartWritten):
             with _alone(self.root):
-                commit(self.root, message.step, 0, message.facts)
+                commit(self.root, message.step, message.generation, message.facts)
 
     def of(self, kind: type[Message]) -> list[Any]:
         return [message for message in self.sent if isinstance(message, kind)]
@@ -72,7 +74,10 @@ def run(
     if poison is not None:
         _poison(engine, poison)
     link = Recorder(root, word_at)
-    finished = Loop(engine, root, 0, link).run()
+    loop = Loop(engine, root, link)
+    loop.sit(0)
+    finished = loop.run()
+    assert finished is not None
     return link.sent, finished
 
 
@@ -147,6 +152,111 @@ def test_the_word_stops_every_rank_at_one_step_with_a_checkpoint(tmp_path: Path)
 def test_the_word_asks_for_a_checkpoint(tmp_path: Path) -> None:
     run(0, None, tiny_job(), tmp_path, 1, 1, {3: CHECKPOINT, 4: STOP}, None)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+# -- generations -------------------------------------------------------------------------------------------------------
+
+
+def run_in_two(rank: int, store: Any, job: Job, root: Path, world: int, at: int) -> tuple[list[Message], list[Any]]:
+    """A world that regroups after step `at`, here into the same seats; the loop and its link stay."""
+    engine = engine_on(job, Layout(world), rank, store)
+    link = Recorder(root, {at: REGROUP})
+    loop = Loop(engine, root, link)
+    loop.sit(3)
+    left = loop.run()
+    link.word_at = {}
+    between = (left, engine.applied, sorted(loop.records), loop.saved, loop.evaluated)
+    loop.sit(5, loop.saved, loop.evaluated)
+    return link.sent, [between, loop.run()]
+
+
+@pytest.mark.parametrize("at", [7, 10])
+def test_a_world_that_regroups_goes_on_where_it_was(
+    at: int, uninterrupted: tuple[Path, list[Message]], tmp_path: Path
+) -> None:
+    """After any step, also one that is validated and saved. Of the last step nobody knows that all have applied it:
+    it is in every rank's records."""
+    ranks = run_distributed(run_in_two, 2, tiny_job(), tmp_path, 2, at)
+    for rank, (_, ((left, applied, records, saved, evaluated), finished)) in enumerate(ranks):
+        assert (left, applied) == (None, at)
+        assert records == list(range(1, at + 1)), "nobody has said that anything is written down"
+        assert (saved, evaluated) == ((10, 10) if at == 10 else (5, 0))
+        assert finished == Finished(rank, 20, "done", generation=5)
+    sent, _ = ranks[0]
+    told = losses(sent)
+    expected = losses(uninterrupted[1])
+    missing = set(expected) - set(told)
+    assert missing <= {at}, "the coordinator fills it in from the records"
+    assert (at in missing) == (at != 10), "a validation asks whether all have it"
+    for step, loss in told.items():
+        assert loss == pytest.approx(expected[step], rel=1e-10), f"step {step}"
+    assert [message.step for message in sent if isinstance(message, Evaluated)] == [10, 20]
+    assert {message.generation for message in sent if isinstance(message, PartWritten)} == {3, 5}
+
+
+@pytest.mark.parametrize(("saved", "evaluated"), [(5, 0), (10, 0), (5, 10), (10, 10)])
+def test_what_was_due_when_a_generation_broke_is_done_first(saved: int, evaluated: int, tmp_path: Path) -> None:
+    job = tiny_job()
+    run(0, None, job, tmp_path, 1, 1, {10: STOP}, None)
+    link = Recorder(tmp_path, {11: STOP})
+    engine = engine_on(job, Layout(1), 0, None)
+    engine.load(checkpoint_folder(tmp_path, 10))
+    loop = Loop(engine, tmp_path, link)
+    loop.sit(1, saved, evaluated)
+    assert loop.run() == Finished(0, 11, "stopped", generation=1)
+    assert [m.step for m in link.of(Evaluated)] == ([10] if evaluated < 10 else [])
+    assert [m.step for m in link.of(PartWritten)] == ([10] if saved < 10 else []) + [11]
+    assert list(losses(link.sent)) == [11]
+
+
+def test_a_generation_that_begins_at_the_end_only_ends(tmp_path: Path) -> None:
+    """A loss after the last step: what is left is its checkpoint, if that is missing."""
+    job = tiny_job()
+    run(0, None, job, tmp_path, 1, 1, {}, None)
+    engine = engine_on(job, Layout(1), 0, None)
+    engine.load(checkpoint_folder(tmp_path, 20))
+    for saved, parts in ((20, []), (15, [20])):
+        link = Recorder(tmp_path)
+        loop = Loop(engine, tmp_path, link)
+        loop.sit(2, saved, 20)
+        assert loop.run() == Finished(0, 20, "done", generation=2)
+        assert [m.step for m in link.of(PartWritten)] == parts
+        assert losses(link.sent) == {}
+
+
+def test_records_are_kept_until_they_are_written_down(tmp_path: Path) -> None:
+    job = tiny_job()
+    link = Recorder(tmp_path, {12: REGROUP})
+    loop = Loop(engine_on(job, Layout(1), 0, None), tmp_path, link)
+    loop.sit(0)
+    assert loop.run() is None
+    assert sorted(loop.records) == list(range(1, 13))
+    assert [step for step, record in loop.records.items() if "validation_loss" in record] == [10]
+    told = losses(link.sent)
+    assert {step: record["metrics"]["loss"] for step, record in loop.records.items() if step in told} == told
+    link.recorded, link.word_at = 11, {14: STOP}
+    loop.sit(1, loop.saved, loop.evaluated)
+    loop.run()
+    assert sorted(loop.records) == [12, 13, 14]
+
+
+def test_a_loop_that_is_overtaken_leaves_at_once(tmp_path: Path) -> None:
+    """It says so before a step, so that nothing of the step has begun."""
+
+    class Late(Recorder):
+        def progress(self, step: int, phase: str) -> None:
+            super().progress(step, phase)
+            if step == 4:
+                raise Overtaken
+
+    link = Late(tmp_path)
+    loop = Loop(engine_on(tiny_job(), Layout(1), 0, None), tmp_path, link)
+    loop.sit(0)
+    with pytest.raises(Overtaken):
+        loop.run()
+    assert loop.engine.applied == 3
+    assert loop.engine.pending is None
+    assert sorted(loop.records) == [1, 2, 3]
 
 
 # -- anomalies ---------------------------------------------------------------------------------------------------------

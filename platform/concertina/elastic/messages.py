@@ -129,11 +129,12 @@ class RolledBack(Message):
 
 @dataclass(frozen=True)
 class Finished(Message):
-    """This rank left the loop in order: `reason` is `done`, `stopped` or `anomaly`."""
+    """This rank of a generation left the loop in order: `reason` is `done`, `stopped` or `anomaly`."""
 
     rank: int
     step: int
     reason: str
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,10 @@ class Prepare(Message):
     store: tuple[str, int]
     fresh: bool = False
     """Whether the weights begin with their start values."""
+
+    def __post_init__(self) -> None:
+        host, port = self.store  # JSON makes a list of it
+        object.__setattr__(self, "store", (host, port))
 
 
 @dataclass(frozen=True)

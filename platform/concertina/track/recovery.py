@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["PHASES", "Cause", "MemberNews", "MemberWhat", "Recovery", "short_layout"]
+__all__ = ["PHASES", "Cause", "MemberNews", "MemberWhat", "Recovery", "short_layout", "short_node"]
+
+_RAYS_NODE_ID = re.compile("[0-9a-f]{56}")
 
 PHASES = ("halt_s", "prepare_s", "move_s", "resume_s")
 """In the order in which they begin; the second overlaps the first."""
@@ -105,7 +108,12 @@ class MemberNews:
     def __str__(self) -> str:
         pid = "" if self.pid is None else f", process {self.pid}"
         reason = f": {self.reason}" if self.reason else ""
-        return f"member {self.member} {self.what} on node {self.node}{pid}{reason}"
+        return f"member {self.member} {self.what} on node {short_node(self.node)}{pid}{reason}"
+
+
+def short_node(node: str) -> str:
+    """The name of a node for people: Ray's 56 hexadecimal digits are told apart by the first 8."""
+    return node[:8] if _RAYS_NODE_ID.fullmatch(node) else node
 
 
 def short_layout(layout: Mapping[str, Any]) -> str:

@@ -77,7 +77,7 @@ class Loop:
         self.job: Job = engine.job
         self.link = link
         self.root = checkpoints
-        self.saved = self.evaluated = 0
+        self.generation = self.saved = self.evaluated = 0
         self.last_facts: dict[str, object] = {}
         self.records: dict[int, dict[str, Any]] = {}
         self._waiting: StepResult | None = None
@@ -86,7 +86,7 @@ class Loop:
     def sit(self, generation: int, saved: int = 0, evaluated: int = 0) -> None:
         """The engine has a share of `generation`. Its steps are recorded so far; the newest complete checkpoint and the
         newest validation are of these steps."""
-        self.first = self.engine.rank == 0
+        self.generation, self.first = generation, self.engine.rank == 0
         self.saver = Saver(self.root, self.engine.rank, self.engine.layout.world, generation, self._part_written)
         self.saved, self.evaluated = saved, evaluated
         self._waiting = None
@@ -106,7 +106,7 @@ class Loop:
                 reason = outcome
                 break
         self._finish()
-        finished = Finished(self.engine.rank, self.engine.applied, reason)
+        finished = Finished(self.engine.rank, self.engine.applied, reason, self.generation)
         self.link.send(finished)
         return finished
 
