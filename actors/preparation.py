@@ -58,6 +58,7 @@ class Preparation:
         except Exception as error:  # noqa: BLE001 - it comes out of `wait`, in the training thread
             log.info("generation %d is not prepared: %s", self.generation, in_one_line(error))
             self._error = error
+            link.send(Prepared(self.member, self.generation, time.perf_counter() - began, in_one_line(error)))
         else:
             self.seconds = time.perf_counter() - began
             link.come_to(0, "prepared")
@@ -74,6 +75,13 @@ class Preparation:
             self.groups = form_groups(self.seating.layout, self.rank, store, self._options, lanes, self.wires)
             values: Values = "initial" if self.fresh else "empty"
             self.share = self._engine.prepare(self.seating, self.rank, self.groups, values)
+
+    def start_values(self) -> None:
+        """Another share, with the start values of training: what was to be moved in is nowhere. No collective."""
+        assert self.rank is not None
+        assert self.groups is not None
+        self.share = None  # its memory first
+        self.share = self._engine.prepare(self.seating, self.rank, self.groups, "initial")
 
     def wait(self) -> None:
         """Until it is done. Raises NotPrepared when it failed, was fenced, or takes too long."""

@@ -57,8 +57,8 @@ class Rank:
         threading.Event().wait()
 
     def reattach(self, channel: tuple[str, int]) -> int:
-        """The coordinator has restarted and listens here now. The generation this member is at work in, -1 when it
-        waits for orders. What the coordinator before it knew and did not write down, this member's last word, is said
+        """The coordinator has restarted and listens here now. The generation this member has adopted and works in, -1
+        when it does not. What the coordinator before it knew and did not write down, this member's last word, is said
         again, after all that was not acknowledged."""
         self._client.move_to(channel)
         self._trainer.repeat_last_word()

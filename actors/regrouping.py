@@ -94,9 +94,10 @@ class Regrouping:
         """Go on without them, at once."""
         for loss in losses:
             self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
+            self.journal.pids.pop(loss.member, None)  # a coordinator that restarts shall not take it back
         seating = self.generations.seating
         orders = self.generations.lose([loss.member for loss in losses])
-        if orders or self.generations.shortage:
+        if (orders and not self.generations.trains) or self.generations.shortage:
             self._change = self._change or Change("loss", [], seating)
             self._change.losses += losses
             self.book.move(RunEvent.LOSS, "; ".join(map(str, losses)))
@@ -108,7 +109,7 @@ class Regrouping:
     def hear(self, message: Message) -> None:
         match message:
             case Prepared():
-                self._do(self.generations.prepare(message.member, message.generation))
+                self._do(self.generations.prepare(message.member, message.generation, message.failure))
             case Halted():
                 if self._change is not None:
                     self._change.records += message.records
@@ -136,13 +137,13 @@ class Regrouping:
             if self._enough(now):
                 self._begin_anew()
             return
-        if not generations.is_settled:
-            return
         if self._stuck(now):
-            self._change = Change("network", [], generations.seating)
-            self.book.move(RunEvent.LOSS, "the network between members broke")
-            self._do(generations.begin())
-        elif not self.asked_to_stop and self._grows(now):
+            self._complaint_since = None
+            self._change = self._change or Change("network", [], generations.seating)
+            if not generations.trains:
+                self.book.move(RunEvent.LOSS, "the network between members broke")
+            self._do(generations.begin(planned=True))
+        elif generations.is_settled and not self.asked_to_stop and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
 
@@ -177,8 +178,8 @@ class Regrouping:
         return gathered and there >= self.plan.job.elastic.min_workers and there > 0
 
     def _stuck(self, now: float) -> bool:
-        """Members complain, and none of them is lost."""
-        if not self.complaining:
+        """Members wait for a generation that nobody has begun, and none of them is lost."""
+        if not self.generations.is_stuck:
             self._complaint_since = None
             return False
         self._complaint_since = self._complaint_since or now
@@ -231,6 +232,7 @@ class Regrouping:
     def _prepare(self, order: Order) -> None:
         coming = self.generations.coming
         assert coming is not None
+        self._write_journal()  # its number is used
         listener = socket.create_server((self.address, 0), backlog=1024)
         address = (self.address, listener.getsockname()[1])
         # The store before it goes, and with it whoever still waits there.
@@ -346,18 +348,12 @@ class Regrouping:
         """Take over the generations an earlier coordinator left: go on when everybody of the newest is at work in it,
         else begin a new one."""
         generations = self.generations
-        generations.present = dict(present)
-        generations.possible = dict(self.journal.seatings)
-        generations.last_number = max(generations.last_number, self.journal.last_generation)
+        orders = generations.reattach(present, self.journal.seatings, self.journal.last_generation, at_work)
         seating = generations.seating
-        if seating is None:
-            return
-        newest = max(generations.possible)
-        if all(at_work.get(member) == newest for member in seating.members):
-            # They may still be moving into it: older seatings stay possible until the next report says otherwise.
-            self.book.sit(newest, seating.layout.world, 0)
+        if seating is not None and not orders and generations.is_settled:
+            self.book.sit(max(generations.possible), seating.layout.world, 0)
             self.book.move(RunEvent.FORMED)
             self.book.end_if_finished()
-            return
-        self._change = Change("coordinator", [], seating)
-        self._do(generations.begin())
+        elif seating is not None:
+            self._change = Change("coordinator", [], seating)
+        self._do(orders)

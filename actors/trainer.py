@@ -53,8 +53,9 @@ class Trainer:
         plan = seat.plan
         self.engine = build_engine(plan.job, plan.corpus, torch.device(plan.device))
         self.loop = Loop(self.engine, plan.checkpoints, link)
-        self.at_work_in = -1
+        self.at_work_in = -1  # the generation it has adopted and not left
         self._halted_by = -1  # the newest HALT
+        self._adopted, self._adopted_at = -1, 0  # generation, as a rank or as a spare, and its step
         self._coming: Preparation | None = None
         self._verified: Preparation | None = None  # has its state, and is not known to have been adopted
         self._current: Preparation | None = None  # whose share the engine has
@@ -109,7 +110,7 @@ class Trainer:
 
     def _work(self, move: Move) -> None:
         """Take a seat and train, until the end or until the generation is over."""
-        self.at_work_in, self._last_word = move.generation, None
+        self._last_word = None
         try:
             self._take_seat(move)
             if self._current is None:
@@ -134,13 +135,14 @@ class Trainer:
         assert coming is not None, "Prepare comes before Move"
         self._bring_up(move)
         coming.wait()
+        self.link.overtaken = False  # before the look at HALT, which may come at any time
         if coming.generation != move.generation or self._halted_by > move.generation:
             raise Overtaken
-        self.link.overtaken = False
         prepared = time.perf_counter()
         self.link.progress(move.step, "moving")
         moved = self._move(move, coming) if move.source is not None else self._begin(move, coming)
         self._adopt(move, coming)
+        self.at_work_in = move.generation
         self.link.come_to(move.step, "adopted")
         seconds = {"wait_s": prepared - began, "prepare_s": coming.seconds, "move_s": time.perf_counter() - prepared}
         self.link.send(Formed(self.seat.member, move.generation, move.step, seconds, moved))
@@ -152,7 +154,7 @@ class Trainer:
         if verified is not None and verified.generation == move.source:
             assert verified.share is not None
             self.engine.adopt(verified.share, publish=False)
-            self._current = verified
+            self._current, self._adopted = verified, verified.generation
         if self._current is None:
             return
         if self._current.generation != move.source or self.seat.member not in move.present:
@@ -166,7 +168,7 @@ class Trainer:
         if self._current is not None:
             self._current.fence()
             self.engine.adopt(None)
-            self._current = None
+            self._current, self._adopted = None, -1
 
     def _move(self, move: Move, coming: Preparation) -> dict[str, int]:
         """State from members that have it. Bytes moved, by how far."""
@@ -187,17 +189,20 @@ class Trainer:
     def _begin(self, move: Move, coming: Preparation) -> dict[str, int]:
         """State from a checkpoint, or the beginning."""
         if coming.share is not None:
+            if move.checkpoint is None and not coming.fresh:
+                coming.start_values()
             coming.share.filled = True
             self.engine.adopt(coming.share, publish=False)
-            self._current = coming
+            self._current, self._adopted = coming, move.generation
             if move.checkpoint is not None:
                 self.engine.load(Path(move.checkpoint))
             else:
-                self.engine.fill_seconds()
+                self.engine.start_anew()
         return {}
 
     def _adopt(self, move: Move, coming: Preparation) -> None:
         former, self._current = self._current, coming if coming.share is not None else None
+        self._adopted, self._adopted_at = move.generation, move.step
         if coming.share is None:
             self.engine.adopt(None)
         elif former is not coming:
@@ -224,7 +229,7 @@ class Trainer:
             text = in_one_line(error)
             log.info("generation %d ends: %s", move.generation, text)
             self._end_communication(move.generation)
-            self._report("" if overtaken else text)
+            self._report("" if overtaken else text, move.generation)
             return
         log.exception("member %d ends", self.seat.member)
         report = RankError(
@@ -245,15 +250,16 @@ class Trainer:
         if self._current is not None:
             self.engine.share.abandon()
 
-    def _report(self, failure: str) -> None:
-        """Say what this member has."""
+    def _report(self, failure: str, generation: int = -1) -> None:
+        """Say what this member has, and in which generation it failed, if it did."""
         engine, current, verified = self.engine, self._current, self._verified
-        applied = engine.applied if current is not None else 0
+        whole = current is None or engine.share.seconds.filled  # while a checkpoint is loaded it is not
+        applied = engine.applied if current is not None else self._adopted_at
         totals = engine.last_totals
         report = Halted(
             member=self.seat.member,
             answers=self._halted_by,
-            generation=-1 if current is None else current.generation,
+            generation=self._adopted if whole else -1,
             verified=-1 if verified is None else verified.generation,
             step=applied,
             pending=engine.pending if current is not None else None,
@@ -261,6 +267,7 @@ class Trainer:
             records=list(self.loop.records.values()),
             evaluated=self.loop.evaluated,
             failure=failure,
+            failed=generation if failure else -1,
         )
         self.link.client.progress(applied, "halted")
         self.link.come_to(applied, "halted")

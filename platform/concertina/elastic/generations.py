@@ -2,8 +2,8 @@
 
 Members arrive, are lost, halt, prepare and form; each time `Generations` says what to order whom (docs/elastic.md). A
 generation that a loss overtakes is given up and its number never used again. Two things make this safe: a member that
-was sent `Move` says anew what it has before anybody relies on it, and the newest generation that anyone has adopted is
-one that everyone has verified.
+was sent `Move` says anew what it has before anybody relies on it, and a generation that anyone has adopted is one that
+everyone has verified.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ class Shortage:
 
 @dataclass
 class Coming:
-    """A generation under way. `planned`: the one before trains until it is prepared."""
+    """A generation under way. `planned`: the one before trains until it is prepared. `failed`: somebody could not."""
 
     number: int
     seating: Seating
     planned: bool
     prepared: set[int] = field(default_factory=set)
     formed: set[int] = field(default_factory=set)
+    failed: bool = False
     stopping: bool = False
     moving: bool = False
 
@@ -75,7 +76,8 @@ class Coming:
 class Generations:
     """All there are of one session. `seat` is the policy; `present` maps members that can be seated to their nodes.
 
-    `possible`: seatings of the generations that may hold the state, by number; the newest one anyone reports does.
+    `possible`: seatings of the generations that may hold the state, by number, two at most; the newest one anyone
+    reports does.
     """
 
     def __init__(self, seat: Seat, first: int = 0) -> None:
@@ -87,6 +89,7 @@ class Generations:
         self.shortage: Shortage | None = None
         self.reports: dict[int, Halted] = {}
         self._answering = -1  # reports that answer an older HALT say nothing any more
+        self._adopted = -1  # by every rank, and nobody was told to leave it: what they say of it holds
         self._restore: Restore | None = None
 
     @property
@@ -99,6 +102,22 @@ class Generations:
         """Whether a generation trains and none is coming."""
         return self.coming is None and self.shortage is None and bool(self.possible)
 
+    @property
+    def trains(self) -> bool:
+        """Whether a generation trains, and was not asked to stop."""
+        planned = self.coming is not None and self.coming.planned and not self.coming.stopping
+        return (self.is_settled or planned) and not self.reports
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether members wait, without a loss, for what nothing under way will bring: another generation must."""
+        coming = self.coming
+        if coming is None:
+            return self.is_settled and not self.holders.isdisjoint(self.reports)
+        if coming.failed or any(report.failed == coming.number for report in self.reports.values()):
+            return True
+        return coming.planned and not coming.stopping and bool(self.reports)
+
     # -- what happens -------------------------------------------------------------------------------------------------
 
     def arrive(self, member: int, node: str) -> None:
@@ -110,44 +129,67 @@ class Generations:
         for member in members:
             self.present.pop(member, None)
             self.reports.pop(member, None)
-        return self.begin() if self._seated().intersection(members) else []
+        trained = self.trains and self._ranks().isdisjoint(members)
+        if trained and self.coming is None:
+            return []
+        seated = self._ranks() | (set(self.coming.seating.roster) if self.coming else set())
+        return self.begin(planned=trained) if seated.intersection(members) else []
 
-    def _seated(self) -> set[int]:
-        seatings = [*self.possible.values(), *([self.coming.seating] if self.coming else [])]
-        return {member for seating in seatings for member in seating.roster}
+    def _ranks(self) -> set[int]:
+        return {member for seating in self.possible.values() for member in seating.members}
 
     def begin(self, *, planned: bool = False) -> list[Order]:
         """Make the next generation of everybody present, at once or, `planned`, while the one before goes on."""
-        planned = planned and self.is_settled
+        planned = planned and self.trains
         self.last_number += 1
         number = self.last_number
         if self.coming is not None and self.coming.moving:  # who was told to move may have moved
             self.reports.clear()
-            self._answering = number
-        orders = []
-        if not planned and self.holders:
-            orders.append(Order(OrderKind.HALT, number, tuple(sorted(self.holders))))
+            self._answering, self._adopted = number, -1
+        told = {m for seating in self.possible.values() for m in seating.roster if m in self.present}
+        orders = [Order(OrderKind.HALT, number, tuple(sorted(told)))] if told and not planned else []
         self.coming = None
         try:
             seating = self._seat(self.present, self.seating)
         except ConcertinaError as error:
-            self.shortage = Shortage(error.message)
+            self.shortage = None if planned else Shortage(error.message)
             return orders
         self.shortage = None
         self.coming = Coming(number, seating, planned)
         return [*orders, Order(OrderKind.PREPARE, number, seating.roster), *self._advance()]
 
-    def prepare(self, member: int, number: int) -> list[Order]:
-        """A member has its groups for a generation."""
+    def reattach(
+        self, present: dict[int, str], possible: dict[int, Seating], last_number: int, at_work: dict[int, int]
+    ) -> list[Order]:
+        """Take over what an earlier coordinator left: go on when all ranks of the newest generation have adopted it
+        (`at_work`: the generation of each member that answers), else begin another."""
+        self.present, self.possible = dict(present), dict(possible)
+        self.last_number = max(self.last_number, last_number)
+        self._answering = self.last_number + 1  # what was said to the earlier one may be said again
+        seating = self.seating
+        if seating is None:
+            return []
+        newest = max(possible)
+        if any(at_work.get(member) != newest for member in seating.members):
+            return self.begin()
+        self.possible, self._adopted = {newest: seating}, newest
+        return []
+
+    def prepare(self, member: int, number: int, failure: str = "") -> list[Order]:
+        """A member has its groups for a generation, or will not have them."""
         coming = self.coming
         if coming is None or coming.number != number:
+            return []
+        if failure:
+            coming.failed = True
             return []
         coming.prepared.add(member)
         return self._advance()
 
     def halt(self, report: Halted) -> list[Order]:
         """A member computes nothing and says what it has."""
-        if report.member not in self.present or report.answers < self._answering:
+        is_new = report.answers >= self._answering or report.generation == self._adopted >= 0
+        if report.member not in self.present or not is_new:
             return []
         self.reports[report.member] = report
         return self._advance()
@@ -162,6 +204,7 @@ class Generations:
             return False
         self.possible = {number: coming.seating}
         self.coming = self._restore = None
+        self._answering, self._adopted = -1, number  # and who adopted it said all it had to say of older ones before
         self.reports = {m: report for m, report in self.reports.items() if report.generation == number}
         return True
 
@@ -177,44 +220,42 @@ class Generations:
         coming = self.coming
         if coming is None or coming.moving:
             return []
+        orders = []
         if coming.planned and not coming.stopping:
-            return self._stop(coming)
+            if not coming.prepared.issuperset(coming.seating.roster):
+                return []
+            coming.stopping = True
+            orders.append(Order(OrderKind.STOP, coming.number, (self.possible[max(self.possible)].members[0],)))
         if not self.holders.issubset(self.reports):
-            return []
+            return orders
         move = self._agree(coming)
         if move is None:
-            return [Order(OrderKind.RESTORE, coming.number)]
+            return [*orders, Order(OrderKind.RESTORE, coming.number)]
         coming.moving = True
         self.possible[coming.number] = coming.seating
-        return [Order(OrderKind.MOVE, coming.number, coming.seating.roster, move)]
-
-    def _stop(self, coming: Coming) -> list[Order]:
-        seating = self.seating
-        assert seating is not None
-        if not coming.prepared.issuperset(coming.seating.roster):
-            return []
-        coming.stopping = True
-        return [Order(OrderKind.STOP, coming.number, (seating.members[0],))]
+        return [*orders, Order(OrderKind.MOVE, coming.number, coming.seating.roster, move)]
 
     @property
     def holders(self) -> set[int]:
-        """Members present that may hold state."""
-        return {m for seating in self.possible.values() for m in seating.roster if m in self.present}
+        """Members present that may hold state: whose reports are waited for. Spares hold nothing."""
+        return self._ranks().intersection(self.present)
 
     def _agree(self, coming: Coming) -> Move | None:
         """Where the state is and at which step; None when it is not complete."""
         holding = [report for report in self.reports.values() if report.generation in self.possible]
         if not holding:
+            self.possible.clear()
             found = self._restore
             return None if found is None else Move(coming.number, checkpoint=found.checkpoint, step=found.step)
         source = max(report.generation for report in holding)
-        self.possible = {number: seating for number, seating in self.possible.items() if number >= source}
         seating = self.possible[source]
+        self.possible = {source: seating}  # of a later one all have said that they have not adopted it, nor will
         adopted = [report for report in holding if report.generation == source]
         step = max(report.step for report in adopted)
         newest = next(report for report in adopted if report.step == step)
         able = {r.member for r in adopted if step in (r.step, r.pending)}
         able |= {report.member for report in self.reports.values() if report.verified == source}
+        able.intersection_update(seating.members)
         if not _complete(seating, able):
             return None
         return Move(

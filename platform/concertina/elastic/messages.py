@@ -43,11 +43,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Prepared(Message):
-    """The groups of a coming generation are formed, and there is room for its share."""
+    """The groups of a coming generation are formed, and there is room for its share; with a `failure` they are not."""
 
     member: int
     generation: int
     seconds: float
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class Formed(Message):
 class Halted(Message):
     """A member computes nothing, and says what it has.
 
-    `answers` is the newest HALT it has heard, -1 for none. `generation` is that of its state, -1 when it has none;
-    `verified` a later one whose state it has beside it, else -1. `step` is applied; `pending` may be completed with the
-    `totals` of another. `records` are metrics of steps that the coordinator may not have yet. `failure` is empty when
-    it stopped because it was asked to.
+    `answers` is the newest HALT it has heard, -1 for none. `generation` is the one it has adopted, as a rank or as a
+    spare, -1 when it has no whole state of it; `verified` a later one whose state it has beside it, else -1. `step` is
+    applied (of a spare, the one it was adopted at); `pending` may be completed with the `totals` of another. `records`
+    are metrics of steps that the coordinator may not have yet. `failure` is empty when it stopped because it was asked
+    to, else it was at work in `failed`.
     """
 
     member: int
@@ -81,6 +83,7 @@ class Halted(Message):
     records: list[dict[str, Any]]
     evaluated: int
     failure: str
+    failed: int = -1
 
 
 @dataclass(frozen=True)

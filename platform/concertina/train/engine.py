@@ -146,6 +146,13 @@ class Engine:
             before_vote=before_vote,
         )
 
+    def start_anew(self) -> None:
+        """Stand before the first step, whatever was done before. The share has start values; second owners get their
+        copies. Collective over the world."""
+        self._take_facts({"step": 0, "tokens": 0, "anomalies": AnomalyWatch(self.job.training.anomaly).state()})
+        self.last_totals = self.last_result = None
+        self.fill_seconds()
+
     def fill_seconds(self) -> TransferReport | None:
         """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over
         the world; None where nobody is second owner."""

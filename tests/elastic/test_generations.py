@@ -1,0 +1,417 @@
+"""Does a run survive everything that may befall its members, in every order, without losing or repeating a step?
+
+First each transition by itself, then whole runs without processes (`simulated_run`), driven by hypothesis and by seeds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from concertina.elastic import generations as module
+from concertina.elastic.generations import Generations, Order, OrderKind, Restore
+from concertina.elastic.messages import Halted
+from tests.elastic.simulated_run import LEAST, Run, seats
+
+pytestmark = pytest.mark.unit
+
+HALT, PREPARE, STOP, MOVE, RESTORE = (
+    OrderKind.HALT,
+    OrderKind.PREPARE,
+    OrderKind.STOP,
+    OrderKind.MOVE,
+    OrderKind.RESTORE,
+)
+
+
+def said(member: int, generation: int, step: int, answers: int = 99, **other: object) -> Halted:
+    plain = Halted(member, answers, generation, -1, step, None, None, [], 0, "")
+    return replace(plain, **other)  # type: ignore[arg-type]
+
+
+def kinds(orders: list[Order]) -> list[OrderKind]:
+    return [order.kind for order in orders]
+
+
+def form(generations: Generations, number: int) -> None:
+    assert generations.coming is not None
+    formed = [generations.form(member, number) for member in generations.coming.seating.roster]
+    assert formed == [False] * (len(formed) - 1) + [True]
+
+
+def trained(members: int) -> Generations:
+    """Generation 0 of so many members trains, each on a node of its own."""
+    generations = Generations(seats)
+    for member in range(members):
+        generations.arrive(member, f"node {member}")
+    assert kinds(generations.begin()) == [PREPARE, RESTORE]
+    assert kinds(generations.restore(Restore())) == [MOVE]
+    form(generations, 0)
+    assert generations.is_settled
+    return generations
+
+
+# -- each transition --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_halts_who_is_left_and_the_newest_step_is_completed() -> None:
+    generations = trained(4)
+    orders = generations.lose([3])
+    assert [(order.kind, order.number, set(order.members)) for order in orders] == [
+        (HALT, 1, {0, 1, 2}),
+        (PREPARE, 1, {0, 1, 2}),
+    ]
+    assert generations.halt(said(0, 0, 7, pending=8)) == []
+    assert generations.halt(said(1, 0, 8, totals=[1.0])) == []
+    (order,) = generations.halt(said(2, 0, 7, pending=8))
+    assert order.kind is MOVE
+    assert order.move is not None
+    assert (order.move.source, order.move.step, order.move.totals, order.move.present) == (0, 8, [1.0], [0, 1, 2])
+    form(generations, 1)
+    assert generations.possible.keys() == {1}
+
+
+def test_what_was_said_before_a_move_that_was_overtaken_is_asked_again() -> None:
+    generations = trained(5)
+    generations.lose([4])
+    for member in range(4):
+        orders = generations.halt(said(member, 0, 7, answers=1))
+    assert kinds(orders) == [MOVE]
+    assert kinds(generations.lose([3])) == [HALT, PREPARE]
+    for member in range(3):
+        assert generations.halt(said(member, 0, 7, answers=1)) == []
+    generations.halt(said(0, 1, 7, answers=2))
+    generations.halt(said(1, 0, 7, answers=2, verified=1))
+    (order,) = generations.halt(said(2, 0, 7, answers=2, verified=1))
+    assert order.move is not None
+    assert (order.move.source, order.move.present) == (1, [0, 1, 2])
+
+
+def test_a_spare_that_let_go_knows_that_all_have_verified() -> None:
+    generations = trained(4)
+    generations.lose([3])  # three are left: one becomes a spare
+    for member in range(3):
+        generations.halt(said(member, 0, 7))
+    coming = generations.coming
+    assert coming is not None
+    (spare,) = coming.seating.spares
+    generations.lose([coming.seating.members[0]])
+    (left,) = set(generations.present) - {spare}
+    generations.arrive(9, "node 9")
+    generations.begin()
+    generations.halt(said(spare, 1, 7))
+    (order,) = generations.halt(said(left, 0, 7, verified=1))
+    assert order.move is not None
+    assert (order.move.source, order.move.step, order.move.present) == (1, 7, [left])
+
+
+def test_without_both_owners_of_a_rank_the_state_is_given_up() -> None:
+    generations = trained(4)
+    seating = generations.seating
+    assert seating is not None
+    second = seating.seconds[0]
+    assert second is not None
+    generations.lose([seating.members[0], seating.members[second]])
+    left = sorted(generations.present)
+    generations.halt(said(left[0], 0, 7))
+    assert kinds(generations.halt(said(left[1], 0, 7))) == [RESTORE]
+    (order,) = generations.restore(Restore("checkpoint", 5))
+    assert order.move is not None
+    assert (order.move.source, order.move.checkpoint, order.move.step) == (None, "checkpoint", 5)
+    assert generations.possible.keys() == {1}
+
+
+def test_a_planned_change_stops_the_world_when_all_are_prepared_and_waits_for_no_spare() -> None:
+    generations = trained(3)
+    assert generations.seating is not None
+    ranks, (spare,) = generations.seating.members, generations.seating.spares
+    generations.arrive(3, "node 3")
+    assert kinds(generations.begin(planned=True)) == [PREPARE]
+    orders = [order for member in range(4) for order in generations.prepare(member, 1)]
+    assert [(order.kind, order.members) for order in orders] == [(STOP, ranks[:1])]
+    assert not generations.trains
+    orders = [order for member in ranks for order in generations.halt(said(member, 0, 7, answers=-1))]
+    assert kinds(orders) == [MOVE]
+    assert spare not in generations.reports
+
+
+def test_who_only_prepares_or_waits_stops_nobody_when_it_is_lost() -> None:
+    generations = trained(3)
+    assert generations.seating is not None
+    (spare,) = generations.seating.spares
+    generations.arrive(3, "node 3")
+    generations.begin(planned=True)
+    orders = generations.lose([3])
+    assert (kinds(orders), orders[0].number) == ([PREPARE], 2)
+    assert generations.coming is not None
+    assert generations.coming.planned
+    form_nothing = generations.form(0, 1)
+    assert not form_nothing
+    settled = trained(3)
+    assert settled.lose([spare]) == []
+    assert settled.trains
+
+
+def test_a_planned_change_goes_on_when_the_world_has_stopped_before_it_is_asked() -> None:
+    generations = trained(2)
+    generations.arrive(2, "node 2")
+    generations.arrive(3, "node 3")
+    generations.begin(planned=True)
+    for member in (0, 1):
+        assert generations.halt(said(member, 0, 7, failure="network")) == []
+    assert generations.is_stuck
+    orders = [order for member in range(4) for order in generations.prepare(member, 1)]
+    assert kinds(orders) == [STOP, MOVE]
+
+
+@pytest.mark.parametrize("how", ["prepare", "move"])
+def test_a_generation_that_cannot_be_formed_is_stuck_although_nobody_is_lost(how: str) -> None:
+    generations = trained(4)
+    generations.lose([3])
+    if how == "prepare":
+        assert generations.prepare(0, 1, "no route") == []
+    else:
+        for member in range(3):
+            generations.halt(said(member, 0, 7, answers=1))
+        assert not generations.is_stuck
+        generations.halt(said(0, 0, 7, answers=1, failure="reset", failed=1))
+    assert generations.is_stuck
+    assert kinds(generations.begin()) == [HALT, PREPARE]
+    assert not generations.is_stuck
+
+
+def test_a_shortage_keeps_what_is_known_and_ends_when_members_come() -> None:
+    generations = trained(2)
+    assert kinds(generations.lose([1])) == [HALT]
+    assert generations.shortage is not None
+    generations.halt(said(0, 0, 7))
+    generations.arrive(2, "node 2")
+    orders = generations.begin()
+    assert kinds(orders) == [HALT, PREPARE, MOVE]
+    assert orders[-1].move is not None
+    assert (orders[-1].number, orders[-1].move.source, orders[-1].move.present) == (2, 0, [0])
+
+
+def test_messages_of_other_generations_and_of_the_lost_say_nothing() -> None:
+    generations = trained(4)
+    generations.lose([3])
+    assert generations.prepare(0, 0) == []
+    assert not generations.form(0, 0)
+    assert generations.halt(said(3, 0, 7)) == []
+    assert generations.reports == {}
+
+
+def test_a_coordinator_that_restarts_goes_on_only_if_all_ranks_have_adopted_the_newest() -> None:
+    before = trained(4)
+    present, possible = dict(before.present), dict(before.possible)
+    generations = Generations(seats)
+    assert generations.reattach(present, possible, 0, dict.fromkeys(range(4), 0)) == []
+    assert generations.trains
+    generations.halt(said(1, 0, 7, answers=-1))  # the word to regroup was the earlier one's
+    assert generations.is_stuck
+
+    generations = Generations(seats)
+    orders = generations.reattach(present, possible, 4, {0: 0, 1: 0, 2: 0, 3: -1})
+    assert [(order.kind, order.number) for order in orders] == [(HALT, 5), (PREPARE, 5)]
+    generations.halt(said(0, 0, 6, answers=4))
+    assert generations.reports == {}
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+class Faults(RuleBasedStateMachine):
+    """Anything may befall anybody at any moment, while everybody does what it can do, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = Run(members=4)
+
+    @rule(picks=st.lists(st.integers(0, 2**16), min_size=1, max_size=60))
+    def work(self, picks: list[int]) -> None:
+        for pick in picks:
+            actions = self.run.possible_actions()
+            if actions:
+                actions[pick % len(actions)]()
+
+    def _someone(self, pick: int) -> int:
+        return sorted(self.run.generations.present)[pick % len(self.run.generations.present)]
+
+    @precondition(lambda self: self.run.generations.present)
+    @rule(pick=st.integers(0, 9))
+    def lose_falsely(self, pick: int) -> None:
+        self.run.lose(self._someone(pick))
+
+    @precondition(lambda self: self.run.generations.present)
+    @rule(pick=st.integers(0, 9))
+    def die(self, pick: int) -> None:
+        self.run.die(self._someone(pick))
+
+    @precondition(lambda self: self.run.lost)
+    @rule()
+    def notice(self) -> None:
+        self.run.lose(*self.run.lost)
+
+    @precondition(lambda self: self.run.generations.present)
+    @rule(pick=st.integers(0, 9))
+    def freeze(self, pick: int) -> None:
+        self.run.members[self._someone(pick)].frozen = True
+
+    @rule()
+    def thaw(self) -> None:
+        for member in self.run.members.values():
+            member.frozen = False
+
+    @precondition(lambda self: len(self.run.generations.present) < 6)
+    @rule()
+    def join(self) -> None:
+        self.run.join()
+
+    @rule()
+    def plan(self) -> None:
+        self.run.plan()
+
+    @precondition(lambda self: self.run.breakable())
+    @rule(pick=st.integers(0, 9))
+    def fail_network(self, pick: int) -> None:
+        waiting = self.run.breakable()
+        self.run.fail_network(waiting[pick % len(waiting)])
+
+    @rule()
+    def restart(self) -> None:
+        self.run.restart()
+
+    @invariant()
+    def numbers_grow(self) -> None:
+        numbers = self.run.numbers
+        assert numbers == sorted(set(numbers))
+
+    def teardown(self) -> None:
+        self.run.settle()
+
+
+class TestFaults(Faults.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=60, stateful_step_count=30)
+
+
+FAULTS = {"die": 3, "lose": 2, "freeze": 2, "thaw": 3, "join": 3, "plan": 3, "restart": 1, "network": 1, "notice": 12}
+
+
+def befall(run: Run, fault: str, chance: Random) -> None:
+    living = [member for member in run.generations.present if member not in run.lost]
+    match fault:
+        case "die" if living:
+            run.die(chance.choice(living))
+        case "lose" if living:
+            run.lose(chance.choice(living))
+        case "freeze" if living:
+            run.members[chance.choice(living)].frozen = True
+        case "thaw":
+            for member in run.members.values():
+                member.frozen = False
+        case "join" if len(living) < 6:
+            run.join()
+        case "plan":
+            run.plan()
+        case "restart":
+            run.restart()
+        case "network" if run.breakable():
+            run.fail_network(chance.choice(run.breakable()))
+        case "notice" if run.lost:
+            run.lose(chance.choice(run.lost))
+
+
+def live(seed: int, kind: type[Generations] = Generations, length: int = 400) -> Run:
+    """One run: faults seldom or often, mostly several close together, then peace."""
+    chance = Random(seed)
+    run = Run(kind, chance.choice([LEAST, 3, 4, 5]))
+    weights = [weight * chance.choice([0, 1, 1, 3]) for weight in FAULTS.values()]
+    weights[-1] = FAULTS["notice"]
+    rate, burst = chance.choice([0.003, 0.01, 0.03]), 0
+    for _ in range(length):
+        burst -= 1
+        if chance.random() < max(rate * (8 if run.lost else 1), 0.04 if burst > 0 else 0.0):
+            befall(run, chance.choices(list(FAULTS), weights)[0], chance)
+            burst = chance.choice([0, 40, 120])
+        elif actions := run.possible_actions():
+            chance.choice(actions)()
+    run.settle()
+    return run
+
+
+def test_no_seed_breaks_a_run() -> None:
+    runs = [live(seed) for seed in range(150)]
+    assert sum(len(run.committed) for run in runs) > 1000, "they hardly trained"
+    assert sum(len(run.numbers) for run in runs) > 300, "hardly anything befell them"
+    assert sum(run.restored for run in runs) > 3, "no run lost its state"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(8))
+def test_no_seed_of_many_breaks_a_run(part: int) -> None:
+    for seed in range(1000 + 2500 * part, 3500 + 2500 * part):
+        live(seed, length=600)
+
+
+MUTATIONS = {
+    "stale reports are accepted": (
+        "        if report.member not in self.present or not is_new:",
+        "        if report.member not in self.present:",
+    ),
+    "a generation that was overtaken while it moved is forgotten": (
+        "            self.reports.clear()\n",
+        "            self.reports.clear()\n            self.possible.pop(self.coming.number, None)\n",
+    ),
+    "the oldest step is taken": ("max(report.step for report in adopted)", "min(report.step for report in adopted)"),
+    "who has only verified counts for nothing": (
+        "        able |= {report.member for report in self.reports.values() if report.verified == source}\n",
+        "",
+    ),
+    "reports are not cleared": ("            self.reports.clear()\n", "            pass\n"),
+    "spares are waited for": (
+        "        return self._ranks().intersection(self.present)",
+        "        return {m for seating in self.possible.values() for m in seating.roster if m in self.present}",
+    ),
+    "who stopped unasked is not heard": (
+        "self.is_settled and not self.holders.isdisjoint(self.reports)",
+        "self.is_settled and any(report.failure for report in self.reports.values())",
+    ),
+    "who cannot form is not heard": (
+        "any(report.failed == coming.number for report in self.reports.values())",
+        "False",
+    ),
+}
+
+
+def mutated(name: str) -> type[Generations]:
+    """The class with one line of it changed."""
+    source, (before, after) = inspect.getsource(module), MUTATIONS[name]
+    assert source.count(before) == 1, name
+    mutant = types.ModuleType("mutant")
+    sys.modules["mutant"] = mutant  # dataclasses look there
+    exec(compile(source.replace(before, after), "mutant", "exec"), mutant.__dict__)
+    shared = {name: getattr(module, name) for name in module.__all__}
+    mutant.__dict__.update({name: value for name, value in shared.items() if name != "Generations"})
+    kind: type[Generations] = mutant.__dict__["Generations"]
+    return kind
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_observer_sees(name: str) -> None:
+    """What these runs prove is worth what they find: a fault of `Generations` does not survive them."""
+    kind = mutated(name)
+    for seed in range(1500):
+        try:
+            live(seed, kind)
+        except (AssertionError, KeyError, IndexError):
+            return
+    pytest.fail(f"no seed shows that {name}")
