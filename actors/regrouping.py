@@ -261,7 +261,7 @@ class Regrouping:
             return
         folder = Path(found[-1]) if found else self.plan.resume_from
         step = read_manifest(folder).step if folder is not None else 0
-        if self.generations.possible:
+        if self.generations.possible and self.book.step > step:
             log.warning("the state is not complete among who is left: back to step %d", step)
             self.book.go_back(step)
         restore = Restore(None if folder is None else str(folder), step)

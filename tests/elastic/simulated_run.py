@@ -248,14 +248,14 @@ class Run:
         if share is not None and share.whole:
             assert len(set(share.shards.values())) == 1, f"member {member.number} holds {share.shards}"
         if waited.op[:1] == ("agree",) and len(member.applications) > before:
-            self._commit(member, member.chain[:-1], waited)
+            self._commit(member, member.chain[:-1])
         if member.current is not None and share is not None and share.whole and member.applied % 3 == 0:
             self._save(member)
 
-    def _commit(self, member: Member, chain: Chain, waited: Wait) -> None:
+    def _commit(self, member: Member, chain: Chain) -> None:
         """The all-reduce of a step has come through: the one before is committed."""
-        if member.expelled and all(self.members[m].expelled for m in waited.peers):
-            return  # a world that nobody hears any more
+        if member.expelled:
+            return  # nobody hears it
         agreed = min(len(chain), len(self.committed))
         assert chain[:agreed] == self.committed[:agreed], f"{member.number} commits {chain} besides {self.committed}"
         self.committed = max(chain, self.committed, key=len)
@@ -310,7 +310,7 @@ class Run:
         assert len(generations.possible) <= 2, sorted(generations.possible)
         assert generations.reports.keys() <= generations.present.keys()
 
-    def settle(self, steps: int = 3, limit: int = 20_000) -> None:
+    def settle(self, steps: int = 3, limit: int = 8_000) -> None:
         """All messages arrive, nobody else is lost: the run forms, and makes steps."""
         for member in self.members.values():
             member.frozen = False

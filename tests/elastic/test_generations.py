@@ -129,6 +129,18 @@ def test_without_both_owners_of_a_rank_the_state_is_given_up() -> None:
     assert generations.possible.keys() == {1}
 
 
+def test_each_time_the_state_is_given_up_the_checkpoint_is_asked_for_anew() -> None:
+    generations = Generations(seats)
+    generations.arrive(0, "node 0")
+    generations.arrive(1, "node 1")
+    generations.begin()
+    generations.restore(Restore())
+    generations.lose([0, 1])  # they may have trained for hours: Formed was still under way
+    generations.arrive(2, "node 2")
+    generations.arrive(3, "node 3")
+    assert kinds(generations.begin()) == [PREPARE, RESTORE]
+
+
 def test_a_planned_change_stops_the_world_when_all_are_prepared_and_waits_for_no_spare() -> None:
     generations = trained(3)
     assert generations.seating is not None
@@ -384,6 +396,10 @@ MUTATIONS = {
     "who stopped unasked is not heard": (
         "self.is_settled and not self.holders.isdisjoint(self.reports)",
         "self.is_settled and any(report.failure for report in self.reports.values())",
+    ),
+    "a checkpoint that was found once is taken again": (
+        "        self._restore = None  # next time there may be a newer checkpoint\n",
+        "",
     ),
     "who cannot form is not heard": (
         "any(report.failed == coming.number for report in self.reports.values())",

@@ -255,3 +255,16 @@ def test_a_mutation_is_seen(tamper: Any, reference: dict[str, Any]) -> None:
     loss, state = deviation(results[:3], reference)
     assert loss > 100 * LOSS_BOUND
     assert state > 100 * STATE_BOUND
+
+
+def test_a_run_that_has_nothing_left_begins_anew(reference: dict[str, Any]) -> None:
+    engine = engine_on(JOB, Layout(1), 0, None)
+    for step in (1, 2, 3):
+        engine.train_step(step)
+    engine.settle()
+    engine.adopt(engine.prepare(engine.share.seating, 0, engine.groups, "initial"))
+    engine.start_anew()
+    assert (engine.applied, engine.tokens, engine.last_totals) == (0, 0, None)
+    for step in (1, 2, 3):
+        assert engine.train_step(step).loss == reference["losses"][step]
+    assert engine.facts()["updates"] == 3

@@ -203,16 +203,18 @@ class Generations:
         if not coming.formed.issuperset(coming.seating.roster):
             return False
         self.possible = {number: coming.seating}
-        self.coming = self._restore = None
+        self.coming = None
         self._answering, self._adopted = -1, number  # and who adopted it said all it had to say of older ones before
         self.reports = {m: report for m, report in self.reports.items() if report.generation == number}
         return True
 
     def restore(self, found: Restore) -> list[Order]:
         """The answer to RESTORE: whatever state there was is given up."""
-        self._restore = found
         self.possible.clear()
-        return self._advance()
+        self._restore = found
+        orders = self._advance()
+        self._restore = None  # next time there may be a newer checkpoint
+        return orders
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
@@ -244,7 +246,6 @@ class Generations:
         """Where the state is and at which step; None when it is not complete."""
         holding = [report for report in self.reports.values() if report.generation in self.possible]
         if not holding:
-            self.possible.clear()
             found = self._restore
             return None if found is None else Move(coming.number, checkpoint=found.checkpoint, step=found.step)
         source = max(report.generation for report in holding)
