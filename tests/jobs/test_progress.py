@@ -88,3 +88,12 @@ def test_a_rate_is_not_averaged_over_a_change(folder: RunFolder) -> None:
         for step in range(6, 11):
             log.append(EventType.STEP, step_data(step), step=step)
     assert "tok/s=200 " in told(folder)[-1]
+
+
+def test_a_node_has_a_short_name_for_people(folder: RunFolder) -> None:
+    """Ray's names of nodes are 56 hexadecimal digits; the events keep them whole."""
+    node = "8d24f3a1" + 48 * "c"
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        log.append(EventType.MEMBER, MemberNews(0, MemberWhat.LOST, node, 100, "its node died").to_json())
+    assert told(folder) == ["member 0 lost on node 8d24f3a1, process 100: its node died"]

@@ -7,12 +7,14 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from concertina.elastic.account import Account, Bucket
 from concertina.track.events import EventLog, EventType
+from concertina.track.recovery import MemberNews, MemberWhat
 from concertina.track.run import RunFolder, create_run
 from jobs.cli import main
 from jobs.commands.train import print_summary
@@ -174,6 +176,22 @@ def test_show_tells_where_the_time_went(run: RunFolder, capsys: pytest.CaptureFi
     assert [line.split()[2] for line in timeline] == [f"{generation}:" for generation in range(3, 13)]
     assert "detected 0.10s, halt 0.01s, prepare 0.12s, move 0.11s, resume 0.05s, on n1" in out
     assert "3 ranks, generation 12" in out
+
+
+def test_show_gives_nodes_short_names(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    node = "8d24f3a1" + 48 * "c"
+    folder = make_run(run.storage, "elastic", steps=12)
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        log.append(EventType.MEMBER, MemberNews(0, MemberWhat.LOST, node).to_json())
+        recovery = replace(RECOVERY, cause=replace(RECOVERY.cause, node=node))
+        log.append(EventType.RECOVERY, recovery.to_json(), generation=1, step=12)
+    assert concertina("runs", "show", "elastic") == 0
+    out = capsys.readouterr().out
+    assert out.count("8d24f3a1") == 3
+    assert node not in out
+    assert concertina("runs", "show", "elastic", "-o", "json") == 0
+    assert node in capsys.readouterr().out, "programs get it whole"
 
 
 def test_show_tells_programs_where_the_time_went(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from concertina.layout.fold import Layout
 from concertina.track.events import EventLog, EventType, read_events
-from concertina.track.recovery import Cause, MemberNews, MemberWhat, short_layout
+from concertina.track.recovery import Cause, MemberNews, MemberWhat, short_layout, short_node
 from concertina.track.summary import summarize
 from tests.track.a_run import LAYOUT, RECOVERY, make_run, start, train
 
@@ -71,3 +71,11 @@ def test_members_news() -> None:
     assert str(MemberNews(5, MemberWhat.LOST, "n2", reason="frozen")) == "member 5 lost on node n2: frozen"
     with pytest.raises(ValueError, match="eaten"):
         MemberNews.from_json({"member": 1, "what": "eaten"})
+
+
+def test_a_node_has_a_short_name_for_people() -> None:
+    node = "8d24f3a1" + 48 * "c"
+    assert short_node(node) == "8d24f3a1"
+    assert short_node("a-machine-with-a-long-name") == "a-machine-with-a-long-name"
+    assert str(MemberNews(3, MemberWhat.READY, node)) == "member 3 ready on node 8d24f3a1"
+    assert MemberNews(3, MemberWhat.READY, node).to_json()["node"] == node, "events keep it whole"

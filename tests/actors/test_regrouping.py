@@ -1,0 +1,241 @@
+"""Does the coordinator begin, regroup, end and come back in the right state, whatever comes in which order?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.assignment import RunPlan
+from actors.book import Book
+from actors.journal import Journal
+from actors.regrouping import Regrouping
+from concertina.config import Job
+from concertina.elastic.losses import Loss, Reason
+from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Message, Move, Prepare, decode
+from concertina.elastic.states import RunState
+from concertina.elastic.waits import BOUNDS
+from concertina.layout import Layout
+from concertina.track.events import EventLog, EventType, read_events
+
+pytestmark = pytest.mark.unit
+
+SECONDS = {"wait_s": 0.0, "prepare_s": 0.1, "move_s": 0.1}
+
+
+class Outgoing:
+    """Stands for the channel: keeps the orders."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.orders: list[tuple[int, Message]] = []
+
+    def send(self, member: int, document: dict[str, Any]) -> None:
+        self.orders.append((member, decode(document)))
+
+    def take(self, kind: type[Message]) -> dict[int, Any]:
+        """The newest order of a kind by member; forgets all."""
+        found = {member: order for member, order in self.orders if isinstance(order, kind)}
+        self.orders.clear()
+        return found
+
+
+class Scene:
+    """One session's regrouping, its book and its journal; `restart` is another coordinator at the same files."""
+
+    def __init__(self, folder: Path, **elastic: int) -> None:
+        cluster = {"num_workers": 3}
+        job = Job.model_validate({"name": "a", "cluster": cluster, "elastic": elastic})
+        self.plan = RunPlan("a-1", folder, folder, job, Layout(3), "cpu", "session", "token")
+        self.plan.checkpoints.mkdir()
+        self.log = EventLog(folder / "events.jsonl", "a-1")
+        self.log.append(EventType.START, {"session": "session", "resumed_from_step": None})
+        self._open()
+
+    def _open(self) -> None:
+        self.book = Book(self.log, self.plan.checkpoints, keep=2)
+        self.journal = Journal.open(self.plan.folder / "journal.json", "session")
+        self.channel = Outgoing()
+        channel: Any = self.channel
+        self.regrouping = Regrouping(self.plan, self.book, self.journal, channel, "127.0.0.1")
+
+    def restart(self) -> None:
+        self.log.close()
+        self.log = EventLog(self.plan.folder / "events.jsonl", "a-1")
+        self._open()
+
+    def arrive(self, *members: int) -> None:
+        for member in members:
+            self.regrouping.arrive(member, f"node-{member}")
+        self.regrouping.look()
+
+    def lose(self, *members: int) -> None:
+        self.regrouping.lose([Loss(m, f"node-{m}", Reason.KILLED, "killed") for m in members])
+
+    def halted(self, member: int, answers: int, generation: int, step: int, failure: str = "") -> None:
+        records = [{"step": step, "metrics": {"loss": step / 2}}]
+        self.regrouping.hear(Halted(member, answers, generation, -1, step, None, [1.0], records, 0, failure))
+
+    def formed(self, generation: int, step: int, *members: int) -> None:
+        for member in members:
+            self.regrouping.hear(Formed(member, generation, step, SECONDS, {"moved": 8}))
+
+    def trains(self) -> None:
+        self.arrive(0, 1, 2)
+        self.formed(0, 0, 0, 1, 2)
+        self.channel.orders.clear()
+
+    def recover(self, step: int) -> None:
+        """Member 1 is lost, the others halt at `step` and are told to move."""
+        self.lose(1)
+        for member in (0, 2):
+            self.halted(member, 1, 0, step)
+
+    def events(self, kind: EventType) -> list[Any]:
+        return [event for event in read_events(self.log.path) if event.type == kind]
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path)
+    yield made
+    made.log.close()
+
+
+def test_it_waits_for_all_and_then_begins(scene: Scene) -> None:
+    scene.arrive(0, 1)
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY, "members that are there are no capacity yet"
+    assert scene.channel.orders == []
+    scene.arrive(2)
+    assert scene.book.state is RunState.FORMING
+    assert set(scene.channel.take(Move)) == {0, 1, 2}
+    scene.formed(0, 0, 0, 1)
+    assert scene.book.state is RunState.FORMING
+    scene.formed(0, 0, 2)
+    assert scene.book.state is RunState.TRAINING
+    (event,) = scene.events(EventType.GENERATION)
+    assert (event.data["world"], event.data["reason"]) == (3, "start")
+
+
+def test_a_loss_halts_and_prepares_at_once_and_moves_when_all_have_halted(scene: Scene) -> None:
+    scene.trains()
+    scene.lose(1)
+    orders = scene.channel.orders
+    assert [(m, type(order)) for m, order in orders] == [(0, Halt), (2, Halt), (0, Prepare), (2, Prepare)]
+    assert scene.book.state is RunState.RECOVERING
+    scene.channel.orders.clear()
+    scene.halted(0, 1, 0, 7)
+    assert scene.channel.orders == []
+    scene.halted(2, 1, 0, 7)
+    move = scene.channel.take(Move)[2]
+    assert (move.source, move.present, move.step) == (0, [0, 2], 7)
+    scene.formed(1, 7, 0, 2)
+    assert scene.book.state is RunState.TRAINING
+    (recovery,) = scene.events(EventType.RECOVERY)
+    assert (recovery.data["cause"]["member"], recovery.data["world_after"], recovery.step) == (1, 2, 7)
+    assert [event.step for event in scene.events(EventType.STEP)] == [7], "the first rank had not said it"
+    assert scene.channel.recorded == 7
+
+
+def test_the_journal_knows_a_generation_before_anybody_can_have_adopted_it(scene: Scene) -> None:
+    scene.trains()
+    scene.recover(7)
+    written = Journal.open(scene.plan.folder / "journal.json", "session")
+    assert set(written.seatings) == {0, 1}
+    scene.formed(1, 7, 0, 2)
+    assert set(Journal.open(scene.plan.folder / "journal.json", "session").seatings) == {1}
+
+
+def test_who_finishes_before_the_last_one_has_formed_ends_the_run_all_the_same(scene: Scene) -> None:
+    scene.trains()
+    scene.recover(20)
+    scene.formed(1, 20, 0)
+    for rank in range(2):  # the channel's thread records this at once; what forms is heard a turn later
+        scene.book.record(Finished(rank, 20, "done", generation=1))
+    assert scene.book.state is RunState.RECOVERING
+    scene.formed(1, 20, 2)
+    assert scene.book.state is RunState.FINISHED
+
+
+def test_restarted_while_all_are_at_work_it_touches_nobody(scene: Scene) -> None:
+    scene.trains()
+    scene.restart()
+    scene.regrouping.reattach({0: "a", 1: "b", 2: "c"}, dict.fromkeys(range(3), 0))
+    scene.regrouping.look()
+    assert scene.channel.orders == []
+    assert scene.book.state is RunState.TRAINING
+    scene.book.record(Committed(1, {"loss": 1.0}))
+    for rank in range(3):
+        scene.book.record(Finished(rank, 1, "done", generation=0))
+    assert scene.book.state is RunState.FINISHED
+
+
+def test_restarted_in_the_middle_of_a_move_it_remembers_both_generations(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All say that they are at work in the newer one, and then it breaks: the state is still the older one's."""
+    scene.trains()
+    scene.recover(7)
+    scene.restart()
+    scene.regrouping.reattach({0: "a", 2: "c"}, {0: 1, 2: 1})
+    assert scene.book.state is RunState.TRAINING
+    for member in (0, 2):
+        scene.halted(member, 1, 0, 7, failure="the store is gone")
+    assert scene.regrouping.complaining
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    scene.regrouping.look()
+    now += BOUNDS["complaint"].seconds + 1
+    scene.regrouping.look()
+    assert scene.book.state is RunState.RECOVERING
+    assert {(move.generation, move.source, move.step) for move in scene.channel.take(Move).values()} == {(2, 0, 7)}
+    assert scene.events(EventType.ROLLBACK) == []
+    scene.formed(2, 7, 0, 2)
+    assert scene.book.state is RunState.TRAINING
+
+
+def test_restarted_when_a_member_was_lost_as_well_it_makes_the_next_generation(scene: Scene) -> None:
+    scene.trains()
+    scene.restart()
+    scene.regrouping.reattach({0: "a", 2: "c"}, {0: 0})
+    assert set(scene.channel.take(Halt)) == {0, 2}
+    for member in (0, 2):
+        scene.halted(member, 1, 0, 7)
+    assert scene.channel.take(Move)[0].source == 0
+    scene.formed(1, 7, 0, 2)
+    assert scene.book.state is RunState.TRAINING
+    assert [event.step for event in scene.events(EventType.STEP)] == [7]
+
+
+def test_asked_to_stop_it_still_recovers_and_says_so_to_the_next_first_rank(scene: Scene) -> None:
+    scene.trains()
+    scene.regrouping.stop()
+    assert [(m, order.stop) for m, order in scene.channel.orders] == [(0, True)]  # type: ignore[attr-defined]
+    scene.channel.orders.clear()
+    scene.lose(0)
+    for member in (1, 2):
+        scene.halted(member, 1, 0, 7)
+    scene.channel.orders.clear()
+    scene.formed(1, 7, 1, 2)
+    (order,) = scene.channel.orders
+    assert order[0] == scene.regrouping.generations.seating.members[0]  # type: ignore[union-attr]
+    assert order[1].stop  # type: ignore[attr-defined]
+
+
+def test_too_few_wait_and_go_on_when_there_are_enough(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, min_workers=3)
+    scene.trains()
+    scene.lose(1)
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    for member in (0, 2):
+        scene.halted(member, 1, 0, 7)
+    assert scene.channel.take(Move) == {}
+    scene.arrive(3)
+    assert scene.book.state is RunState.FORMING
+    assert scene.channel.take(Move)[3].source == 0
+    scene.formed(2, 7, 0, 2, 3)
+    assert scene.book.state is RunState.TRAINING
+    scene.log.close()
