@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.evidence import Evidence
@@ -33,6 +34,7 @@ from concertina.elastic.messages import (
     Message,
     Prepared,
     RankError,
+    TimeSpent,
     decode,
 )
 from concertina.elastic.states import RunEvent, RunState
@@ -51,7 +53,7 @@ log = logging.getLogger("concertina.coordinator")
 LEASE_EVERY_S = 5.0  # a tenth of what agents grant
 STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
 TURN_S = 0.25  # news of members wakes it at once; turns cost the ranks processor time
-_FOR_REGROUPING = (Prepared, Formed, Halted)
+_FOR_REGROUPING = (Prepared, Formed, Halted, TimeSpent)
 
 
 class Conductor:
@@ -81,7 +83,8 @@ class Conductor:
         self.hands = Hands(plan, self.server.address, self.journal.next_member)
         self.recruiter = Recruiter(plan, self.hands)
         self.evidence = Evidence(self.hands, self.server)
-        self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.address)
+        self.accounting = Accounting(plan, self.events, self.book, self.hands, self.journal)
+        self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._turned = self._renewed = time.monotonic()
@@ -163,7 +166,11 @@ class Conductor:
 
     def _hear_news(self) -> None:
         while not self._news.empty():
-            self.regrouping.hear(self._news.get())
+            message = self._news.get()
+            if isinstance(message, TimeSpent):
+                self.accounting.hear(message)
+            else:
+                self.regrouping.hear(message)
 
     def _judge(self) -> None:
         """Fail for what no other member could do better; go on without the members that are lost."""
@@ -191,6 +198,7 @@ class Conductor:
             self.server.expel(loss.member)
             self.recruiter.blame(loss)
         self.regrouping.lose(losses)  # who is left is told before anything is tidied up
+        self.accounting.lose(losses)
         for loss in losses:
             self.journal.forget(loss.member)
             self.hands.lose(loss.member)
@@ -226,6 +234,7 @@ class Conductor:
             self.regrouping.arrive(member.number, member.node_id)
         if born:
             self.hands.renew_leases()  # an agent ends nobody it was not told of
+        self.accounting.look()
         self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
 
     def _look_at_shortage(self) -> None:
@@ -272,6 +281,7 @@ class Conductor:
     def end(self) -> None:
         """Give everything back. One thing that fails keeps none of the others."""
         give_backs = (
+            self.accounting.close,
             self.recruiter.withdraw,
             self._release,
             self.server.close,

@@ -56,18 +56,21 @@ class Evidence:
         if silence is None:
             away_s = now - self._away.setdefault(member, now)
             bound = BOUNDS["cut_off" if complaining else "cut_off_alone"]
-            return self._loss(member, Reason.DISCONNECTED, "its connection broke") if away_s > bound.seconds else None
+            if away_s <= bound.seconds:
+                return None
+            return self._loss(member, Reason.DISCONNECTED, "its connection broke", away_s)
         self._away.pop(member, None)
         where = f"at step {silence.step}, {silence.phase}"
         if silence.seconds <= BOUNDS["silence"].seconds / 2:
             return None
         if self.hands.is_stopped(member):
-            return self._loss(member, Reason.FROZEN, f"its process is stopped, {where}")
+            return self._loss(member, Reason.FROZEN, f"its process is stopped, {where}", silence.seconds)
         still_s = min(silence.seconds, now - self._stepped)
         bound = BOUNDS["silence" if silence.phase == "step" else "silence_busy"]
         if still_s > bound.seconds:
-            return self._loss(member, Reason.FROZEN, f"silent for {silence.seconds:.1f} s, {where}")
+            text = f"silent for {silence.seconds:.1f} s, {where}"
+            return self._loss(member, Reason.FROZEN, text, silence.seconds)
         return None
 
-    def _loss(self, member: int, reason: Reason, text: str) -> Loss:
-        return Loss(member, self.hands.members[member].node_id, reason, text)
+    def _loss(self, member: int, reason: Reason, text: str, ago_s: float = 0.0) -> Loss:
+        return Loss(member, self.hands.members[member].node_id, reason, text, time.monotonic() - ago_s)

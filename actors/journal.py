@@ -26,6 +26,7 @@ class Journal:
     seatings: dict[int, Seating] = field(default_factory=dict)
     last_generation: int = -1
     next_member: int = 0
+    ledger: dict[str, Any] = field(default_factory=dict)
     cluster: str = ""
     """Where the Ray cluster is, for those who look for the run."""
 
@@ -46,6 +47,7 @@ class Journal:
             {int(number): Seating.from_json(seating) for number, seating in document["seatings"].items()},
             document["last_generation"],
             document["next_member"],
+            document["ledger"],
         )
 
     def forget(self, member: int) -> None:
@@ -64,6 +66,7 @@ class Journal:
             "seatings": {number: seating.to_json() for number, seating in self.seatings.items()},
             "last_generation": self.last_generation,
             "next_member": self.next_member,
+            "ledger": self.ledger,
         }
         write_atomically(self.path, json.dumps(document))
 

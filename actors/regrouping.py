@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.journal import Journal
@@ -21,7 +22,7 @@ from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.choice import seat
 from concertina.elastic.generations import Generations, Order, OrderKind, Restore
 from concertina.elastic.losses import Loss, Reason
-from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Prepare, Prepared, encode
+from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Pause, Prepare, Prepared, encode
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError
@@ -55,8 +56,11 @@ class Change:
 class Regrouping:
     """Of one session. Called by the conductor's thread only."""
 
-    def __init__(self, plan: RunPlan, book: Book, journal: Journal, server: ChannelServer, address: str) -> None:
-        self.plan, self.book, self.journal, self.server, self.address = plan, book, journal, server, address
+    def __init__(
+        self, plan: RunPlan, book: Book, journal: Journal, server: ChannelServer, accounting: Accounting
+    ) -> None:
+        self.plan, self.book, self.journal, self.server, self.accounting = plan, book, journal, server, accounting
+        self.address = server.address[0]
         self.generations = Generations(self._seat, first=plan.generation)
         self.asked_to_stop = False
         self.expected = 0  # members that are about to arrive
@@ -219,6 +223,8 @@ class Regrouping:
                     self._restore()
         if self.generations.shortage is not None:
             self._deadline = None
+            for member in self.generations.present:
+                self.server.send(member, encode(Pause()))
             self.book.move(RunEvent.SHORTAGE, self.generations.shortage.reason)
 
     def _tell(self, order: Order, message: Message) -> None:
@@ -283,6 +289,7 @@ class Regrouping:
             self._tell_change(change, seating, step)
         self.server.recorded = self.book.recorded
         self.book.move(RunEvent.FORMED)
+        self.accounting.write()
         self._write_journal()
         self.book.end_if_finished()
         if self.asked_to_stop:

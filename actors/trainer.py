@@ -20,14 +20,17 @@ from actors.assignment import Assignment
 from actors.last_words import write_last_words
 from actors.link import RankLink
 from actors.preparation import NotPrepared, Preparation
+from concertina.elastic.account import Bucket
 from concertina.elastic.messages import (
     Control,
     Formed,
     Halt,
     Halted,
     Move,
+    Pause,
     Prepare,
     RankError,
+    TimeSpent,
     decode,
     encode,
 )
@@ -79,6 +82,8 @@ class Trainer:
                 self.link.obey(control)
             case Halt() as halt:
                 self._halted_by = halt.generation
+                if self.loop.sheet.current is Bucket.DETECTION:
+                    self.loop.sheet.enter(Bucket.RECONFIGURATION)
                 self.link.overtaken = True
                 self._fence(halt.generation)
                 self._orders.put(halt)
@@ -91,6 +96,9 @@ class Trainer:
                 self._coming.start(self.link)
             case Move() as move:
                 self._orders.put(move)
+            case Pause():
+                self.loop.sheet.enter(Bucket.WAITING_FOR_CAPACITY)
+                self._say_time()
 
     def _fence(self, generation: int) -> None:
         """What is older than `generation` communicates no more."""
@@ -117,9 +125,12 @@ class Trainer:
                 return  # a spare
             finished = self.loop.run()
             if finished is None:
+                self.loop.sheet.enter(Bucket.RECONFIGURATION)
                 self._report("")
                 return
             self._last_word = encode(finished)
+            self.loop.sheet.enter(Bucket.DRAINING)
+            self._say_time()
             log.info("%s", finished.reason)
             if self.link.orphaned and self.engine.rank == 0:
                 self._write_last_words(finished.step)
@@ -131,6 +142,7 @@ class Trainer:
     def _take_seat(self, move: Move) -> None:
         """Bring the state to where the new seating wants it, and make the new share the engine's."""
         began = time.perf_counter()
+        self.loop.sheet.enter(Bucket.RECONFIGURATION)
         coming = self._coming
         assert coming is not None, "Prepare comes before Move"
         self._bring_up(move)
@@ -146,6 +158,9 @@ class Trainer:
         self.link.come_to(move.step, "adopted")
         seconds = {"wait_s": prepared - began, "prepare_s": coming.seconds, "move_s": time.perf_counter() - prepared}
         self.link.send(Formed(self.seat.member, move.generation, move.step, seconds, moved))
+        if coming.share is None:
+            self.loop.sheet.enter(Bucket.SPARE)
+        self._say_time()
 
     def _bring_up(self, move: Move) -> None:
         """To the state that the move starts from: adopt what was only verified, complete the step others have applied,
@@ -161,7 +176,8 @@ class Trainer:
             self._leave()
         elif self.engine.pending == move.step and move.totals is not None:
             self.loop.note(self.engine.complete(move.totals))
-        else:
+        elif self.engine.pending is not None:
+            self.loop.sheet.void_since(self.loop.mark)
             self.engine.void()
 
     def _leave(self) -> None:
@@ -228,6 +244,7 @@ class Trainer:
         if overtaken or isinstance(error, (Overtaken, NotPrepared)) or is_communication_failure(error):
             text = in_one_line(error)
             log.info("generation %d ends: %s", move.generation, text)
+            self._stop_the_clock(Bucket.RECONFIGURATION if overtaken else Bucket.DETECTION)
             self._end_communication(move.generation)
             self._report("" if overtaken else text, move.generation)
             return
@@ -242,6 +259,18 @@ class Trainer:
         )
         self._last_word = encode(report)
         self.link.send(report)
+
+    def _stop_the_clock(self, inside: Bucket) -> None:
+        """A step that nobody can finish any more was for nothing; one that is pending may yet be finished."""
+        if self._current is None or self.engine.pending is not None:
+            self.loop.sheet.end_step()
+            self.loop.sheet.enter(inside)
+        else:
+            self.loop.sheet.void_step(inside)
+
+    def _say_time(self) -> None:
+        sheet = self.loop.sheet
+        self.link.send(TimeSpent(self.seat.member, sheet.totals(), sheet.current.value))
 
     def _end_communication(self, generation: int) -> None:
         """Nothing that was begun goes on: peers that still wait for this member hear at once that it is gone, and no
@@ -271,4 +300,5 @@ class Trainer:
         )
         self.link.client.progress(applied, "halted")
         self.link.come_to(applied, "halted")
+        self._say_time()
         self.link.send(report)

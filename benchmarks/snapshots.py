@@ -76,8 +76,10 @@ class WholeState:
         self.engine, self.exchange = engine, exchange
         rank, self.to = engine.rank, seconds[engine.rank]
         seating = Seating(Layout(RANKS, ep=engine.layout.ep), tuple(range(RANKS)), tuple(seconds))
-        lengths = {first: [each.length for each in segments(engine.job.model, engine.layout, first)]
-                   for first in seating.firsts(rank)}
+        lengths = {
+            first: [each.length for each in segments(engine.job.model, engine.layout, first)]
+            for first in seating.firsts(rank)
+        }
         self.staged = [[torch.empty_like(each) for each in self._live()] for _ in range(2)]
         dtype = self.staged[0][0].dtype
         self.kept = [[(torch.empty(length, dtype=dtype), first) for first, theirs in lengths.items()
@@ -247,7 +249,9 @@ def rows_of(samples: Samples, jobs: dict[str, Job]) -> list[Row]:
 
 def _at_the_goal(samples: Samples, jobs: dict[str, Job], way: str) -> Row:
     """The speed kept where bytes over FLOP are Mixtral's: of the largest case, its cost over a step so much longer."""
-    case = max((case for case in samples if case != QUICKSTART.stem), key=lambda case: jobs[case].training.global_batch_size)
+    case = max(
+        (case for case in samples if case != QUICKSTART.stem), key=lambda case: jobs[case].training.global_batch_size
+    )
     base, longer = median(samples[case][NOBODY]), bytes_over_flop(jobs[case]) / MIXTRAL_8X22B
     costs = [mine - each for each, mine in zip(samples[case][NOBODY], samples[case][way], strict=True)]
     kept = [base * longer / (base * longer + cost) for cost in costs]

@@ -125,6 +125,15 @@ def _plan(prepared: Prepared) -> RunPlan:
     )
 
 
+def _on_the_head() -> object:
+    """Where the coordinator lives: the cluster goes with its head in any case, other nodes may go at any time."""
+    from ray import nodes
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    head = next(node for node in nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"])
+    return NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+
+
 def _start_coordinator(plan: RunPlan) -> object:
     """The coordinator outlives this process, restarts when it dies, and ends the run in order in both cases."""
     import ray
@@ -139,6 +148,7 @@ def _start_coordinator(plan: RunPlan) -> object:
         "max_restarts": 3,
         "max_task_retries": 3,
         "max_concurrency": 8,
+        "scheduling_strategy": _on_the_head(),
     }
     try:
         return ray.remote(Coordinator).options(**options).remote(plan)

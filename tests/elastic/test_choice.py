@@ -156,6 +156,13 @@ def test_lanes_stay_inside_nodes_of_whole_blocks(blocks: list[int], tp: int, etp
             assert all(len({nodes[members[rank]] for rank in group}) == 1 for group in layout.groups(name))
 
 
+def test_broken_blocks_do_not_shift_the_lanes_of_whole_ones() -> None:
+    nodes = {member: "a" if member < 3 else "b" if member < 7 else "c" for member in range(12)}  # 3, 4 and 5 ranks
+    layout = Layout(12, tp=4)
+    members = take_seats(layout, nodes, None).members
+    assert sum(len({nodes[members[rank]] for rank in group}) == 1 for group in layout.groups("tp")) == 2
+
+
 def test_survivors_keep_their_order_and_newcomers_come_last() -> None:
     old = take_seats(Layout(8), PAIRS, None)
     left = {member: node for member, node in PAIRS.items() if node != "n1"}
@@ -176,6 +183,12 @@ def test_newcomers_take_the_seats_of_the_lost_where_the_layout_stays() -> None:
     again = take_seats(Layout(8), {**left, 30: "n2", 31: "n1"}, old)
     assert again.members == (0, 1, 2, 31, 30, 5, 6, 7)
     assert again.seconds == old.seconds
+
+
+def test_seats_are_given_up_where_keeping_them_would_tear_lanes_apart() -> None:
+    old = take_seats(Layout(4, tp=2), {0: "a", 1: "a", 2: "b", 3: "b"}, None)
+    new = take_seats(Layout(4, tp=2), {0: "a", 2: "b", 8: "c", 9: "c"}, old)
+    assert new.members == (8, 9, 0, 2)
 
 
 def test_a_spare_takes_over_and_the_smaller_world_leaves_one() -> None:

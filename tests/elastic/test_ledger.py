@@ -134,7 +134,8 @@ def test_late_and_strange_words_change_nothing() -> None:
     ledger.report(0, 9.5, {"starting": 1, "productive": 8.5})
     ledger.left(0, 20)
     assert before.of(Bucket.PRODUCTIVE) == 9
-    assert ledger.account(10).total_s == 9
+    after = ledger.account(10)
+    assert (after.total_s, after.seconds) == (9, {Bucket.STARTING: 1, Bucket.PRODUCTIVE: 8})
 
 
 def test_a_loss_estimated_before_the_last_word_takes_nothing_back() -> None:
@@ -294,7 +295,7 @@ def test_processes_one_of_which_is_killed() -> None:
                     ledger.lost(pipes.pop(pipe), time.monotonic())
                     continue
                 heard += 1
-                ledger.report(pipes[pipe], time.monotonic(), totals, Bucket(inside))
+                ledger.report(pipes[pipe], time.monotonic(), totals, inside)
                 if heard > 80:
                     unexplained.append(ledger.account(time.monotonic()).share(Bucket.OTHER))
                 if heard > 50 and not killed:
@@ -309,5 +310,6 @@ def test_processes_one_of_which_is_killed() -> None:
     assert list(pipes.values()) == [1]
     assert abs(account.imbalance) <= TOLERANCE
     assert min(unexplained) <= TOLERANCE
+    assert account.of(Bucket.DETECTION) > 0
     assert account.of(Bucket.PRODUCTIVE) > 0
     assert account.of(Bucket.SNAPSHOT_STALL) > 0

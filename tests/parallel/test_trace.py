@@ -17,6 +17,7 @@ from concertina.parallel.collectives import (
     all_reduce_max,
     all_reduce_sum,
     all_to_all_v,
+    exchange,
     gather_counts,
     reduce_scatter_sum,
     reduce_scatter_v,
@@ -38,9 +39,14 @@ CALLS: dict[str, tuple[str, int, Callable[[Group], Pending]]] = {
     "all_to_all_v": ("all_to_all", 3 * 40, lambda g: all_to_all_v(rows(7), SIZES, [SIZES[g.rank]] * 3, g)),
     "all_gather_v": ("all_gather", 2 * 4 * 40, lambda g: all_gather_v(rows(SIZES[g.rank]), SIZES, g)),
     "reduce_scatter_v": ("reduce_scatter", 3 * 40, lambda g: reduce_scatter_v(rows(7), SIZES, g)),
+    "exchange": ("exchange", 3 * 40, lambda g: exchange([(rows(3), after(g))], [(rows(3), after(g, 2))], g)),
     "even all_gather_v": ("all_gather", 2 * 80, lambda g: all_gather_v(rows(2), [2] * 3, g)),
     "even reduce_scatter_v": ("reduce_scatter", 4 * 40, lambda g: reduce_scatter_v(rows(6), [2] * 3, g)),
 }
+
+
+def after(group: Group, distance: int = 1) -> int:
+    return (group.rank + distance) % group.size
 
 
 def rows(count: int) -> torch.Tensor:

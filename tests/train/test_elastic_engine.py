@@ -5,16 +5,23 @@ The engines stay in their processes; no checkpoint is ever written, so there is 
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
+import psutil
 import pytest
 
 from concertina.config import Job
 from concertina.layout import Layout
-from tests.distributed import on_ranks
-from tests.train.generations import Life, Stage, live, on_nodes
-from tests.train.worlds import engine_on, tiny_job
+from concertina.state.checkpoint import write_part
+from concertina.state.manifest import checkpoint_folder, commit, partial_folder
+from concertina.train.share import Share
+from tests.distributed import on_ranks, run_distributed
+from tests.train.generations import Life, Stage, described, live, on_nodes
+from tests.train.worlds import engine_on, tiny_job, unconfigured
 
 pytestmark = pytest.mark.dist
 
@@ -136,6 +143,58 @@ def test_the_last_one_goes_on_alone(reference: dict[str, Any]) -> None:
     check(run(stages), stages, reference)
 
 
+def skip_step_7(life: Life, number: int) -> None:
+    if number == 0:
+        life.engine.watch.skipped.add(7)
+
+
+def test_who_completes_a_step_judges_it_alike() -> None:
+    """Step 7 is an anomaly that is skipped; one member is told its totals, and one that joins the marks."""
+    alone = run([Stage(on_nodes(Layout(1), {0: "a"}), 16)], tamper=skip_step_7)[0]
+    stages = [
+        Stage(on_nodes(Layout(4, ep=2), ALL), 6, (3,), "some", (1,)),
+        Stage(on_nodes(Layout(4, ep=4), without(3, joined=(4,))), 16),
+    ]
+    results = run(stages, tamper=skip_step_7)
+    assert results[1]["completed"] == [7]
+    for member in stages[-1].seating.members:
+        found = results[member]
+        assert (found["applied"], found["updates"], found["copy_updates"]) == (
+            16,
+            15,
+            [15] * len(found["copy_updates"]),
+        )
+        assert found["watch"]["skipped"] == [7]
+    loss, state = deviation(results[:3], alone | {"state": {key: piece for key, (_, piece) in alone["state"].items()}})
+    assert loss < LOSS_BOUND
+    assert state < STATE_BOUND
+
+
+def loaded(rank: int, store: Any, job: Job, folder: Path) -> dict[str, Any]:
+    """Three steps, a checkpoint, two steps, back to the checkpoint, and on to the fifth."""
+    life = Life(rank, store, job, unconfigured(job))
+    engine = life.engine
+    life.enter(0, [Stage(on_nodes(Layout(3, ep=3), without(3)), 5)])
+    life.train(3)
+    engine.settle()
+    write_part(partial_folder(folder, 3, 0), engine.state(), rank=rank, world=3, generation=0)
+    assert engine.confirm()
+    if rank == 0:
+        assert commit(folder, 3, 0, engine.facts()) is not None
+    life.train(5)
+    before = dict(life.losses)
+    assert engine.confirm()
+    engine.load(checkpoint_folder(folder, 3))
+    life.train(5)
+    assert life.losses == before
+    engine.settle()
+    return described(life)
+
+
+def test_copies_follow_when_a_checkpoint_is_loaded(tmp_path: Path) -> None:
+    check_copies(on_ranks(loaded, 3, JOB, tmp_path))
+
+
 # -- growing, spares, other layouts --------------------------------------------------------------------------------
 
 
@@ -206,6 +265,37 @@ def test_five_reconfigurations(reference: dict[str, Any]) -> None:
     results = run(FIVE)
     check(results, FIVE, reference)
     assert results[1]["completed"] == [4]
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def dropped(rank: int, store: Any, job: Job) -> list[tuple[bool, int]]:
+    """Of every generation: whether anything of the share before is left once it is not current, and the threads."""
+    seen = []
+    life = Life(rank, store, job, unconfigured(job))
+    stages = [Stage(on_nodes(Layout(2, tp=2, ep=2), {0: "a", 1: "b"}), number) for number in range(1, 6)]
+    gc.disable()
+    for number, stage in enumerate(stages):
+        left = [] if life.engine._share is None else _parts(life.engine.share)
+        life.enter(number, stages)
+        life.train(stage.until)
+        life.engine.settle()
+        if number == 1:
+            gc.collect()  # what libraries import at their first use keeps a traceback with our frames
+        seen.append((any(what() is not None for what in left), psutil.Process().num_threads()))
+    gc.enable()
+    return seen
+
+
+def _parts(share: Share) -> list[Any]:
+    return [ref(part) for part in (share, share.optimizer, share.decoder, share.groups, *share.seconds.copies.values())]
+
+
+def test_a_share_that_is_not_current_is_gone_with_its_groups_and_their_threads() -> None:
+    for seen in run_distributed(dropped, 2, JOB):
+        assert not any(left for left, _ in seen)
+        assert seen[-1][1] <= seen[0][1], "threads add up"
 
 
 # -- mutations: each breaks something, and the comparison must see it -----------------------------------------------

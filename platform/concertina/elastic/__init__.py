@@ -1,1 +1,1 @@
-"""Who decides what when machines come and go: states, messages, placement, blame. Pure functions on frozen values."""
+"""Who decides what when machines come and go, and where did the time go? Pure functions on frozen values, and books."""

@@ -49,15 +49,15 @@ def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
 def _nearest(job: Job, world: int, wanted: Mapping[str, int]) -> Layout | None:
     """The layout of `world` ranks that is nearest to the wanted degrees; None where none fits."""
 
-    def nearest(axis: str, left: int, others: Mapping[str, int]) -> Iterator[int]:
-        """Values of an axis that divide what is left of the world and fit, the nearest first."""
-        by_distance = sorted(divisors(left), key=lambda value: _distance(value, wanted[axis]))
+    def nearest(axis: str, others: Mapping[str, int]) -> Iterator[int]:
+        """Values of an axis that fit beside the others, the nearest first."""
+        by_distance = sorted(divisors(world), key=lambda value: _distance(value, wanted[axis]))
         return (value for value in by_distance if fits(job, world, {**others, axis: value}))
 
     degrees = dict.fromkeys(("pp", "cp", *CHOSEN), 1)
     # The grids are bound only by the world, the batch sees tp alone: one axis after the other finds the nearest of all.
     for axis in CHOSEN:
-        value = next(nearest(axis, world // degrees["etp"] if axis == "ep" else world, degrees), None)
+        value = next(nearest(axis, degrees), None)
         if value is None:
             return None
         degrees[axis] = value

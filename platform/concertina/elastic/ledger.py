@@ -83,7 +83,7 @@ class _Life:
     claims: list[_Claim] = field(default_factory=list)
     history: deque[tuple[float, Totals]] = field(default_factory=lambda: deque(maxlen=_HISTORY))
 
-    def report(self, t: float, totals: Mapping[str, float], inside: Bucket | None) -> None:
+    def report(self, t: float, totals: Mapping[str, float], inside: str | None) -> None:
         told = {Bucket(name): float(seconds) for name, seconds in totals.items()}
         sum_s = sum(told.values())
         if self.ended is not None or sum_s < sum(self.told.values()):
@@ -92,7 +92,7 @@ class _Life:
         if self.words < _FIRST_WORDS:
             # A word that was long under way does not mean that the sheet began later: the quickest tells best.
             self.unsaid_s = gap_s if not self.words else min(self.unsaid_s, gap_s)
-        self.inside = inside or _grown_most(self.told, told)
+        self.inside = Bucket(inside) if inside else _grown_most(self.told, told)
         self.told, self.told_at, self.words = told, t, self.words + 1
         now = self.settled()
         for claim in [claim for claim in self.claims if claim.is_settled(now)]:
@@ -148,7 +148,7 @@ class Ledger:
         """Its process was asked for. What comes until its first word is `starting`."""
         self._lives[member] = _Life(node, t)
 
-    def report(self, member: int, t: float, totals: Mapping[str, float], inside: Bucket | None = None) -> None:
+    def report(self, member: int, t: float, totals: Mapping[str, float], inside: str | None = None) -> None:
         """`totals` of its timesheet, and the bucket that ran when it wrote them; without that, the one that grew most.
 
         Older words that come late and words of strangers and of the dead change nothing.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 __all__ = ["Loss", "Reason"]
@@ -34,12 +35,14 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Loss:
-    """One member and why it is given up; `node` runs it."""
+    """One member and why it is given up; `node` runs it. `since_s`: when it was last there, on the monotonic clock of
+    who says so."""
 
     member: int
     node: str
     reason: Reason
     text: str
+    since_s: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         return f"member {self.member} ({self.reason.value}: {self.text})"

@@ -21,10 +21,12 @@ __all__ = [
     "Message",
     "Move",
     "PartWritten",
+    "Pause",
     "Prepare",
     "Prepared",
     "RankError",
     "RolledBack",
+    "TimeSpent",
     "decode",
     "encode",
 ]
@@ -84,6 +86,15 @@ class Halted(Message):
     evaluated: int
     failure: str
     failed: int = -1
+
+
+@dataclass(frozen=True)
+class TimeSpent(Message):
+    """The totals of a member's timesheet, and the bucket it is in."""
+
+    member: int
+    seconds: dict[str, float]
+    inside: str
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,11 @@ class Control(Message):
     stop: bool = False
     checkpoint: bool = False
     regroup: bool = False
+
+
+@dataclass(frozen=True)
+class Pause(Message):
+    """Coordinator to members that have halted: there are too few of you, keep what you have."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 One in another failure domain (a node), so that the loss of a domain leaves every piece with an owner. Domains are
 paired and hold each other's copies: two losses are then fatal only when they hit both of a pair, n/2 of the
-n(n-1)/2 combinations. A ring, where each domain has its copies on the next, has n of them. GEMINI places groups of
-mutual copies for the same reason and proves it best where the size of a group divides the number of machines (SOSP
-2023, section 4); Lazarus calls it maximum rank overlap (arXiv 2407.04656).
+n(n-1)/2 combinations. A ring, where each domain has its copies on the next, has n of them. GEMINI (SOSP 2023) places
+groups of mutual copies, and a ring where machines are left over, for the same reason; Lazarus' maximum rank overlap is
+the like for replicas of experts (arXiv 2407.04656).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where in a flat tensor does each piece of a rank lie? Of any rank, from the model and the layout alone.
 
-A rank's own segments are its pieces of the buckets it reduces (`parallel/zero.py`); a second owner lays out the same ones
-for a rank it is not.
+A rank's own segments are its pieces of the buckets it reduces (`parallel/zero.py`); a second owner lays out the same
+ones for a rank it is not.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Shapes: R rows sent, Q rows received, D width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from concertina.parallel.groups import Group
-from concertina.parallel.trace import Kind
+from concertina.parallel.trace import Kind, Tap
 
 __all__ = [
     "Pending",
@@ -62,7 +63,24 @@ def _after(work: Any, result: Tensor) -> Pending[Tensor]:
 def _issue(group: Group, kind: Kind, sent_bytes: int, start: Callable[[], Any]) -> Any:
     """Hand a communication that takes `sent_bytes` from this rank over to the backend; the work to wait for."""
     trace = group.tap.trace
-    return start() if trace is None else trace.follow(group.name, kind, sent_bytes, start)
+    work = start() if trace is None else trace.follow(group.name, kind, sent_bytes, start)
+    return _Timed(work, group.tap)
+
+
+class _Timed:
+    """A work whose waiting is counted."""
+
+    __slots__ = ("_tap", "_work")
+
+    def __init__(self, work: Any, tap: Tap) -> None:
+        self._work, self._tap = work, tap
+
+    def wait(self) -> None:
+        began = time.perf_counter()
+        try:
+            self._work.wait()
+        finally:
+            self._tap.waited_s += time.perf_counter() - began
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Pending[Tensor]:

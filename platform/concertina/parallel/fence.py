@@ -42,7 +42,8 @@ class Wires:
         self._cut = threading.Event()
         self._lock = threading.Lock()
         self._listening: set[Address] = set()  # for groups that form now, here and at peers
-        self._sockets: set[int] = set()  # of groups that stand, by inode: unlike a port, none is given out again
+        self._sockets: set[int] = set()  # by inode: unlike a port, none is given out again
+        self._standing: set[int] = set()  # those of groups that are formed; only these have buffers
         self._communicators: list[Any] = []  # of NCCL
 
     @property
@@ -66,7 +67,7 @@ class Wires:
         _abort(communicators)
         deadline_s = time.monotonic() + _CLOSING_S
         self.shut_down()
-        while left := len(self._sockets & {inode for _, inode in _sockets()}):
+        while left := len(self._standing & {inode for _, inode in _sockets()}):
             if time.monotonic() > deadline_s:
                 log.warning("%d connections of a fenced generation are shut down but not closed", left)
                 return
@@ -94,6 +95,7 @@ class Wires:
         """At these addresses there will be no other connections than there are. Raises as `check`."""
         with self._lock:
             self._learn()
+            self._standing |= self._sockets
             self._listening -= listening
         self.check()
 

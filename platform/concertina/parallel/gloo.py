@@ -32,6 +32,10 @@ __all__ = ["form_gloo"]
 log = logging.getLogger("concertina.parallel")
 
 _LOOK_S, _LOOK_AT_MOST_S = 0.0005, 0.02  # between two looks at what cannot be waited for together with a fence
+_LATER = timedelta(seconds=5)
+"""By how much gloo's own patience with a connection exceeds ours. When gloo loses it, it frees what the connection's
+arrival is to be told to, and an arrival after that crashes the process (seen)."""
+
 _NOBODY = 1 << 30  # the number of a connection that gloo never comes to
 
 
@@ -93,10 +97,13 @@ class _Forming:
         return call.store.multi_get(keys)
 
     def _join(self) -> None:
+        deadline_s = time.monotonic() + self._call.timeout.total_seconds()
         for making in self._makings:
             while making.thread.is_alive():
                 making.thread.join(_LOOK_AT_MOST_S)
                 self._call.wires.check()
+                if time.monotonic() > deadline_s:
+                    raise dist.DistNetworkError(f"{making.place} was not connected in {self._call.timeout}")
             making.result()  # raises what it raised
 
     def abandon(self) -> None:
@@ -107,6 +114,8 @@ class _Forming:
                 making.release()
             self._call.wires.shut_down()
             time.sleep(_LOOK_S)
+        for making in self._makings:
+            making.forget()
         self._makings.clear()
 
 
@@ -116,20 +125,24 @@ class _Making:
     def __init__(self, place: Place, device: Any, timeout: timedelta) -> None:
         self.place = place
         self._store = dist.HashStore()
-        self._store.set_timeout(timeout)
+        self._store.set_timeout(timeout + _LATER)
+        self._timeout = timeout
         self._settings = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        self._settings._timeout = timeout
+        self._settings._timeout = timeout + _LATER
         self._settings._devices = [device]
         self._backend: Any = None
         self._error: BaseException | None = None
         self._own: _Introduction | None = None
+        self._released = False
         self.thread = threading.Thread(target=self._make, name=f"form-{place.name}", daemon=True)
         self.thread.start()
 
     def _make(self) -> None:
         place = self.place
         try:
-            self._backend = dist.ProcessGroupGloo(self._store, place.position, len(place.ranks), self._settings)
+            backend = dist.ProcessGroupGloo(self._store, place.position, len(place.ranks), self._settings)
+            backend._set_default_timeout(self._timeout)
+            self._backend = backend
         except BaseException as error:  # noqa: BLE001 - raised by `result`, in the thread that asked for the group
             self._error = error
             self._store.set(self._key(place.position), "")  # nobody waits for it any more
@@ -161,19 +174,23 @@ class _Making:
         return self._backend
 
     def release(self) -> None:
-        """Answer whatever the constructor may wait for: words of peers, and connections from them."""
-        if self._own is None:
-            if not self._store.check([self._key(self.place.position)]):
-                return
-            self.introduction()
-        own = self._own
-        assert own is not None
-        for position in range(len(self.place.ranks)):
-            if not self._store.check([self._key(position)]):
-                self.tell(position, own.of_nobody())
-        for number in own.numbers:
-            with suppress(OSError), socket.create_connection(own.address, timeout=_LOOK_AT_MOST_S) as connection:
-                connection.sendall(struct.pack("=q", number))
+        """Answer, once, whatever the constructor may wait for: words of peers, and connections from them."""
+        own_key = self._key(self.place.position)
+        if self._released or not self._store.check([own_key]):
+            return
+        self._released = True
+        if self._error is None:
+            own = self._own or _Introduction.of(self._store.get(own_key))
+            others = [position for position in range(len(self.place.ranks)) if position != self.place.position]
+            for position in others:
+                if not self._store.check([self._key(position)]):
+                    self.tell(position, own.of_nobody())
+            for position in others:
+                own.connect(position)
+
+    def forget(self) -> None:
+        """Let go of what went wrong: its traceback holds this object, and with it gloo's threads."""
+        self._error = self._backend = None
 
 
 @dataclass(frozen=True)
@@ -200,3 +217,8 @@ class _Introduction:
     def of_nobody(self) -> bytes:
         """Of a peer that listens where this rank does, and that will be waited for."""
         return self.head + struct.pack(f"={len(self.numbers)}q", *[_NOBODY] * len(self.numbers))
+
+    def connect(self, position: int) -> None:
+        """To this rank's own port, in the stead of a peer."""
+        with suppress(OSError), socket.create_connection(self.address, timeout=_LOOK_AT_MOST_S) as connection:
+            connection.sendall(struct.pack("=q", self.numbers[position]))

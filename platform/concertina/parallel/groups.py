@@ -96,6 +96,11 @@ class Groups:
     def rank(self) -> int:
         return self.world.rank
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this rank has been blocked in communication so far, but for that with second owners."""
+        return self.world.tap.waited_s + sum(g.tap.waited_s for name, g in self.by_name.items() if name != SECONDS)
+
     def fence(self) -> None:
         """End all communication of this generation: what waits raises, in any thread (`Wires.fence`).
 

@@ -100,10 +100,12 @@ class _CudaClock(_HostClock):
 
 
 class Tap:
-    """Where a group's communications are listened to: `trace` is None unless a recording runs."""
+    """Where a group's communications are listened to: `trace` is None unless a recording runs. `waited_s` is how long
+    this rank has been blocked in them, over all; where the backend only queues (NCCL) it is short."""
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
+        self.waited_s = 0.0
 
 
 class _Followed:

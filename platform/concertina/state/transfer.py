@@ -2,9 +2,9 @@
 
 A plan says which box of which parameter goes from whom to whom; master weight and moments travel together. What a pair
 exchanges is one stream: the plan's moves in its order, cut to pieces and sent in rounds of bounded size, so that no
-member needs more beside its state than a few rounds. At the end every receiver compares the checksum of each stream with
-its sender's, everybody compares what has been written with what was wanted, and one vote over the crowd says that all
-is well, or raises on every member.
+member needs more beside its state than a round. Before the first byte everybody compares what is planned with what is
+wanted and with what others plan; at the end every receiver compares the checksum of each stream with its sender's, and
+one vote over the crowd says that all is well, or raises on every member.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def transfer(
 ) -> TransferReport:
     """Move all that `plan` moves; every member of `roster`, which are the positions of `group`, must call it.
 
-    `faults` are what this member found wrong before. `held` is only read. `wanted` is filled; nothing of it counts until this returns. Raises StateError on every member
-    when on any one something was not as planned, or arrived otherwise than it was sent.
-
-    `before_vote` is called when all is well here: once the vote has passed anywhere, it has been called everywhere.
+    `held` is only read. `wanted` is filled; nothing of it counts until this returns. `faults` are what this member
+    found wrong before. Raises StateError on every member when on any one something was not as planned, or arrived
+    otherwise than it was sent. `before_vote` is called when all is well here: when the vote has passed anywhere, it has
+    been called everywhere.
     """
     return _Transfer(plan, member, roster, held, wanted, group, faults).run(round_bytes, before_vote)
 

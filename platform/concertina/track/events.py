@@ -45,7 +45,8 @@ class EventType(StrEnum):
     """state (a controller state, or finished, failed, stopped, killed), reason, reason_code."""
     STEP = "step"
     """A committed step: loss, aux_loss, z_loss, grad_norm, learning_rate, tokens (of this step), step_s,
-    imbalance. `step` counts optimizer steps done, so the first is 1."""
+    imbalance, applied_at_s (Unix time at its first rank), world (ranks that computed it). `step` counts optimizer steps
+    done, so the first is 1."""
     EVAL = "eval"
     """Validation: loss, tokens, seconds."""
     CHECKPOINT = "checkpoint"

@@ -121,7 +121,8 @@ class Engine:
 
         Members that have no state learn steps, tokens and the recent past too. Raises StateError on every member when
         not all arrived as it was sent, or members that hold state stand at different steps; current shares are as
-        they were. `verified` is called when `new` has its state; when this has returned anywhere, it was called everywhere.
+        they were. `verified` is called when `new` has its state: when this has returned anywhere, it was called
+        everywhere.
         """
         old = self._share
         own = (self._facts_alike(), old.held_alike()) if old is not None and old.filled else None
@@ -237,7 +238,7 @@ class Engine:
 
     @property
     def pending(self) -> int | None:
-        """The step of which this rank has all gradients, its own and those it is second owner of, and not the totals."""
+        """The step of which this rank has all gradients, own ones and those for its second copies, and no totals."""
         return self._gradients[0] if self._gradients is not None else None
 
     def complete(self, totals: list[float]) -> StepResult:

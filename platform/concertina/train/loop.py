@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from concertina.config import Job
+from concertina.elastic.account import Bucket
 from concertina.elastic.messages import (
     AnomalySeen,
     Committed,
@@ -24,8 +25,10 @@ from concertina.elastic.messages import (
     PartWritten,
     RolledBack,
 )
+from concertina.elastic.timesheet import Timesheet
 from concertina.errors import RankFailure
 from concertina.parallel.collectives import all_reduce_sum
+from concertina.parallel.groups import SECONDS
 from concertina.state.manifest import Part, checkpoint_folder, list_checkpoints, read_manifest
 from concertina.state.saver import Saver
 from concertina.train.engine import Engine, StepResult
@@ -80,6 +83,8 @@ class Loop:
         self.generation = self.saved = self.evaluated = 0
         self.last_facts: dict[str, object] = {}
         self.records: dict[int, dict[str, Any]] = {}
+        self.sheet = Timesheet()
+        self.mark = self.sheet.mark()
         self._waiting: StepResult | None = None
         self._clock = _Clock()
 
@@ -124,12 +129,7 @@ class Loop:
     def _step(self, step: int) -> str | None:
         """One step and what is due after it; the reason to leave, if there is one."""
         self.link.progress(step, "step")
-        try:
-            result = self.engine.train_step(step, self.link.word() if self.first else 0)
-        except Exception:
-            if self.engine.applied == step:  # applied, and the weights did not go round
-                self.note(self.engine.last_result)
-            raise
+        result = self._compute(step)
         self._commit_previous(result)
         if result.anomaly is not None and not self._act_on(result):
             return "anomaly"
@@ -144,6 +144,23 @@ class Loop:
             return "stopped"
         return "regroup" if result.word & REGROUP else None
 
+    def _compute(self, step: int) -> StepResult:
+        """The step itself, and where its time went."""
+        groups, seconds = self.engine.groups, self.engine.groups[SECONDS].tap
+        waited_s, exchanged_s = groups.waited_s, seconds.waited_s
+        self.sheet.begin_step()
+        self.mark = self.sheet.mark()
+        try:
+            result = self.engine.train_step(step, self.link.word() if self.first else 0)
+        except Exception:
+            if self.engine.applied == step:  # applied, and the weights did not go round
+                self.note(self.engine.last_result)
+            raise
+        self.sheet.add(Bucket.EXPOSED_COMMUNICATION, groups.waited_s - waited_s)
+        self.sheet.add(Bucket.SNAPSHOT_STALL, seconds.waited_s - exchanged_s)
+        self.sheet.end_step()
+        return result
+
     def note(self, result: StepResult | None) -> StepResult | None:
         """Keep what is to be said of an applied step until it is known to be written down: the first rank may not live
         to say it."""
@@ -151,7 +168,8 @@ class Loop:
         seconds = self._clock.lap()
         recorded = self.link.recorded
         self.records = {step: record for step, record in self.records.items() if step > recorded}
-        self.records[result.step] = {"step": result.step, "metrics": {**result.metrics(), "step_s": seconds}}
+        timing = {"step_s": seconds, "applied_at_s": time.time(), "world": float(self.engine.layout.world)}
+        self.records[result.step] = {"step": result.step, "metrics": result.metrics() | timing}
         if len(self.records) > _MOST_RECORDS:
             text = f"the coordinator has written down none of the last {_MOST_RECORDS} steps: is its disk full?"
             raise RankFailure(text, rank=self.engine.rank)
@@ -174,8 +192,9 @@ class Loop:
 
     def _evaluate(self, step: int) -> None:
         self.link.progress(step, "validation")
-        self._commit_now()
-        loss = self.engine.evaluate()
+        with self.sheet.spend(Bucket.VALIDATION):
+            self._commit_now()
+            loss = self.engine.evaluate()
         if self.first:
             self.link.send(Evaluated(step, loss))
         if step in self.records:
@@ -185,10 +204,11 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self.link.progress(step, "checkpoint")
-        self._commit_now()
-        self.saver.wait()
-        self.last_facts = self.engine.facts()
-        self.saver.start(step, self.engine.state())
+        with self.sheet.spend(Bucket.CHECKPOINT_STALL):
+            self._commit_now()
+            self.saver.wait()
+            self.last_facts = self.engine.facts()
+            self.saver.start(step, self.engine.state())
         self.saved = step
         self._clock.lap()
 
@@ -203,7 +223,8 @@ class Loop:
         if self.saved != step and step > 0:
             self._save(step)
         self.link.progress(step, "last checkpoint")
-        self.saver.wait()
+        with self.sheet.spend(Bucket.CHECKPOINT_STALL):
+            self.saver.wait()
 
     # -- anomalies ------------------------------------------------------------------------------------------------
 

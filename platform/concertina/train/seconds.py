@@ -6,8 +6,6 @@ and gets those of the ranks it is second owner of. Then both apply the same upda
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,6 @@ class SecondCopies:
             self.copies[first] = FlatAdamW(theirs, masters, job.training)
             self.received[first] = [torch.zeros_like(master) for master in masters]
         self.filled = not self.copies
-        self.waited_s = 0.0
         self._group = groups[SECONDS] if self.to is not None or self.copies else None
         self._pending: Pending | None = None
 
@@ -53,10 +50,8 @@ class SecondCopies:
         """Wait for it. From then on this rank can do the step's update of every copy."""
         if self._pending is None:
             return
-        began = time.perf_counter()
         pending, self._pending = self._pending, None
         pending.finish()
-        self.waited_s += time.perf_counter() - began
 
     def apply(self, scale: float, rate: float) -> None:
         """The update that every first owner makes of its own. Nothing here can fail or wait."""

@@ -1,0 +1,225 @@
+"""python -m benchmarks.recovery.concertina --events 20: how long does Concertina stand still when a process is killed,
+when a node goes, when one freezes, and when one comes?
+
+`concertina train` on a cluster of our own: a head without CPUs and four nodes of one. Each event is followed by the
+return of a full world, whose first step is a join's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks.recovery import faults
+from benchmarks.recovery.model import SUBJECT, job_of_subject
+from benchmarks.recovery.ray_train import MOST, ROOT, Nodes, Settings, set_environment
+from benchmarks.recovery.stall import Line
+from benchmarks.recovery.watch import Watch, document_of, own_all
+from concertina.errors import UserError
+from concertina.track.events import EventType, read_events
+from concertina.track.run import RunFolder
+from infra.processes import end_descendants
+
+__all__ = ["main", "measure"]
+
+LAYOUTS = {"data-parallel": {}, "folded": {"ep": 2}}
+KINDS = ("process killed", "node killed", "process frozen")
+
+
+class Run:
+    """The driver of one run, and what it has written."""
+
+    def __init__(self, folder: Path, address: str, layout: dict[str, int]) -> None:
+        self._storage = folder / "runs"
+        self._log = folder / "driver.log"
+        job = self._job(folder, layout)
+        with self._log.open("wb") as log:
+            command = [sys.executable, "-m", "jobs.cli", "train", str(job), "--address", address]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        self._clocks_s = time.time() - time.monotonic()
+
+    def _job(self, folder: Path, layout: dict[str, int]) -> Path:
+        text = folder / "text"
+        text.mkdir()
+        for path in sorted((ROOT / "platform").rglob("*.py")):
+            (text / f"{len(list(text.iterdir()))}.txt").write_text(path.read_text())
+        document = job_of_subject().model_dump(mode="json", exclude_unset=True)
+        document["data"] |= {"source": str(text), "tokenizer": {"vocab_size": 512}}
+        document["training"] |= {"steps": 1_000_000, "eval_every_steps": 1_000_000}
+        document |= {
+            "storage_path": str(self._storage),
+            "layout": layout,
+            "cluster": {"num_workers": MOST, "num_nodes": MOST, "device": "cpu"},
+            "checkpoint": {"every_steps": 1_000_000},
+            "elastic": {"max_losses_per_node": 1_000_000},
+        }
+        path = folder / "recovery.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    @property
+    def folder(self) -> RunFolder | None:
+        found = list(self._storage.glob("recovery-*/events.jsonl"))
+        return RunFolder(found[0].parent) if found else None
+
+    def lines(self) -> list[Line]:
+        """Every step's, by its first rank."""
+        folder = self.folder
+        if folder is None:
+            return []
+        steps = [event for event in read_events(folder.events_file) if event.type == EventType.STEP]
+        return sorted(
+            (
+                Line(float(e.data["applied_at_s"]) - self._clocks_s, 0, 0, int(e.data["world"]), e.step or 0)
+                for e in steps
+            ),
+            key=lambda line: line.at_s,
+        )
+
+    def recoveries(self) -> list[dict[str, Any]]:
+        """What the coordinator itself says of each change."""
+        folder = self.folder
+        assert folder is not None
+        return [dict(e.data) for e in read_events(folder.events_file) if e.type == EventType.RECOVERY]
+
+    def pids(self) -> dict[int, str]:
+        """The members' processes, and the node of each."""
+        folder = self.folder
+        assert folder is not None
+        journal = json.loads(folder.journal_file.read_text())
+        alive = {int(m): pid for m, pid in journal["pids"].items() if psutil.pid_exists(pid)}
+        newest = max(journal["seatings"], key=int)
+        seated = journal["seatings"][newest]["members"]
+        return {alive[member]: journal["nodes"][str(member)] for member in seated if member in alive}
+
+    def check(self) -> None:
+        """Raises UserError when the driver has ended."""
+        if self._process.poll() is not None:
+            tail = self._log.read_text(errors="replace")[-4000:]
+            raise UserError(f"concertina train ended with {self._process.returncode}:\n{tail}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+
+
+class EventWatch(Watch):
+    """Eyes on a run that writes events."""
+
+    def __init__(self, run: Run, bound_s: float) -> None:
+        super().__init__(Path(), bound_s, run.check)
+        self._run = run
+
+    def lines(self) -> list[Line]:
+        return self._run.lines()
+
+
+def measure(events: int, kinds: Sequence[str], layout: str, bound_s: float, keep: Path | None) -> dict[str, Any]:
+    """Samples of every kind, and what the coordinator said."""
+    samples: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="recovery-own-") as name:
+        folder = keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        set_environment(Path(name), Settings())
+        try:
+            nodes = Nodes(Path(name))
+            run = Run(folder, nodes.address, LAYOUTS[layout])
+            watch = EventWatch(run, bound_s)
+            watch.settle(MOST)
+            for number in range(events):
+                for kind in kinds:
+                    samples += _event(run, watch, nodes, kind, number)
+            said = run.recoveries()
+            run.stop()
+            nodes.shutdown()
+        finally:
+            end_descendants(timedelta(seconds=10))
+    return {"samples": samples, "recoveries": said}
+
+
+def _event(run: Run, watch: EventWatch, nodes: Nodes, kind: str, number: int) -> list[dict[str, Any]]:
+    """One fault, and the join that makes the world whole again."""
+    watch.pause()
+    pids = run.pids()
+    victim = sorted(pids)[number % len(pids)]
+    if kind == "node killed":
+        sample = watch.outage(nodes.kill_id(pids[victim]))
+        watch.settle(MOST - 1)
+        arrival = nodes.add()
+        before = len(run.recoveries())
+    else:
+        before = len(run.recoveries()) + 1
+        hit = faults.kill_process(victim) if kind == "process killed" else faults.freeze_process(victim)
+        sample = watch.outage(hit)
+        arrival = None
+    watch.settle(MOST)
+    joined = next((said for said in run.recoveries()[before:] if said["cause"]["reason"] == "join"), None)
+    samples = [sample]
+    if joined is not None:
+        samples.append(_join(run, joined, arrival))
+    return samples
+
+
+def _join(run: Run, said: dict[str, Any], arrival: faults.Fault | None) -> dict[str, Any]:
+    """How long those who trained stood still for one that came: between the last step without it and the first with."""
+    lines = run.lines()
+    first = next(line for line in lines if line.step == said["step"] + 1)
+    last = next(line for line in lines if line.step == said["step"])
+    after = [line.at_s for line in lines if line.step > said["step"]][:11]
+    steps = sorted(later - earlier for earlier, later in pairwise(after))
+    normal_s = steps[len(steps) // 2]
+    return {
+        "kind": "join",
+        "recovered": True,
+        "stall_s": first.at_s - last.at_s - normal_s,
+        "standstill_s": first.at_s - last.at_s - normal_s,
+        "normal_step_s": normal_s,
+        "until_used_s": None if arrival is None else first.at_s - arrival.at_s,
+        "steps_lost": 0,
+        "steps_again": 0,
+        "world_before": said["world_before"],
+        "world_after": said["world_after"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print one JSON document."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery.concertina", description=__doc__)
+    parser.add_argument("--events", type=int, default=20, help="of each kind (default 20)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--layout", choices=list(LAYOUTS), default="data-parallel")
+    parser.add_argument("--bound", type=float, default=120.0, help="seconds an event may take at most (default 120)")
+    parser.add_argument("--keep", type=Path, help="folder for the run and the driver's log")
+    options = parser.parse_args(arguments)
+    own_all()
+    try:
+        found = measure(options.events, options.kinds, options.layout, options.bound, options.keep)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    trainer = {"ray": version("ray"), "layout": options.layout, "sequences": SUBJECT.sequences}
+    print(
+        json.dumps(document_of("Concertina", trainer, found["samples"]) | {"recoveries": found["recoveries"]}, indent=1)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
