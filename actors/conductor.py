@@ -265,6 +265,8 @@ class Conductor:
             sweep(self.plan.namespace)
             return
         answers = self.hands.adopt(members, self.journal.nodes)
+        for member in members.keys() - self.hands.members.keys():
+            self.journal.forget(member)
         ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=BOUNDS["ask_ray"].seconds)
         at_work = {member: _generation(answer) for member, answer in answers.items() if answer in ready}
         self.hands.renew_leases()

@@ -68,7 +68,9 @@ def scene() -> Scene:
 
 
 def test_the_victim_is_who_is_meant_now() -> None:
-    found = {line: scene().find(parse(line)) for line in ("kill rank=0", "kill member=2", "kill node=2", "kill agent=0")}
+    found = {
+        line: scene().find(parse(line)) for line in ("kill rank=0", "kill member=2", "kill node=2", "kill agent=0")
+    }
     assert found == {
         "kill rank=0": Victim(Kind.RANK, 4, "nodec", 14),
         "kill member=2": Victim(Kind.MEMBER, 2, "nodeb", 12),
