@@ -180,7 +180,9 @@ class Conductor:
             reason = Reason.USER_ERROR if first.exit_code == 2 else Reason.RAISED
             text = f"member {first.rank} raised {first.kind_of_error}: {first.message}"
             raise RankFailure(text, rank=first.rank, reason=reason.value, traceback=first.traceback)
-        losses = self.evidence.look(self.regrouping.complaining) + self.regrouping.late(self.hands.members)
+        losses = self.evidence.look(self.regrouping.waits_for_members)
+        known = {loss.member for loss in losses}
+        losses += self.regrouping.late(self.hands.members.keys() - known)
         known = {loss.member for loss in losses}
         for error in self.book.errors:
             if error.rank in self.hands.members and error.rank not in known:

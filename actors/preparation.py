@@ -1,4 +1,4 @@
-"""What is made of a coming generation before anything of it is needed? Its groups, and room for this member's share.
+"""What is made of a coming generation before anything of it is needed? Its groups.
 
 In a thread of its own: the generation before may train meanwhile. `fence` ends it at any moment.
 """
@@ -73,8 +73,6 @@ class Preparation:
         if self.rank is not None:
             lanes = kv_copies(self._engine.job.model, self.seating.layout.tp)
             self.groups = form_groups(self.seating.layout, self.rank, store, self._options, lanes, self.wires)
-            values: Values = "initial" if self.fresh else "empty"
-            self.share = self._engine.prepare(self.seating, self.rank, self.groups, values)
 
     def start_values(self) -> None:
         """Another share, with the start values of training: what was to be moved in is nowhere. No collective."""
@@ -89,6 +87,13 @@ class Preparation:
             raise NotPrepared(f"generation {self.generation} took more than {BOUNDS['prepare'].seconds:g} s to prepare")
         if self._error is not None or self.wires.are_cut:
             raise NotPrepared(f"generation {self.generation} could not be prepared") from self._error
+
+    def make_share(self) -> None:
+        """Room for this member's share, in the training thread: what the share before it has given up serves again."""
+        if self.groups is not None:
+            assert self.rank is not None
+            values: Values = "initial" if self.fresh else "empty"
+            self.share = self._engine.prepare(self.seating, self.rank, self.groups, values)
 
     def fence(self) -> None:
         """Whatever waits on these groups, or for them to form, raises; from any thread."""

@@ -85,6 +85,12 @@ class Regrouping:
         """Whether members have lost the network to their peers."""
         return any(report.failure for report in self.generations.reports.values())
 
+    @property
+    def waits_for_members(self) -> bool:
+        """Whether the world stands still until everybody has answered: who cannot be reached is missed at once. Of a
+        node that died, the second member would else be waited for after the first was given up."""
+        return self.complaining or (self.generations.coming is not None and not self.generations.trains)
+
     def turn_s(self, longest_s: float) -> float:
         """How long the conductor may wait for news: evidence comes together quickly when something is wrong."""
         return 0.02 if self.complaining and not self.generations.coming else longest_s

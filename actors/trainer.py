@@ -1,7 +1,7 @@
 """How does a member obey? It halts, prepares, moves and trains, as ordered; three threads, one at the engine.
 
 The supervisor's thread hears orders: it fences what a newer generation overtakes, at once, whatever the training thread
-waits for. The training thread takes seats and trains. A thread a generation prepares: groups, and room for the share.
+waits for. The training thread takes seats and trains. A thread a generation forms its groups.
 """
 
 from __future__ import annotations
@@ -152,11 +152,21 @@ class Trainer:
             raise Overtaken
         prepared = time.perf_counter()
         self.link.progress(move.step, "moving")
+        if self._current is not None:
+            self.engine.share.strip()
+        coming.make_share()
+        made = time.perf_counter()
         moved = self._move(move, coming) if move.source is not None else self._begin(move, coming)
         self._adopt(move, coming)
         self.at_work_in = move.generation
         self.link.come_to(move.step, "adopted")
-        seconds = {"wait_s": prepared - began, "prepare_s": coming.seconds, "move_s": time.perf_counter() - prepared}
+        seconds = {
+            "wait_s": prepared - began,
+            "prepare_s": coming.seconds,
+            "make_s": made - prepared,
+            "move_s": time.perf_counter() - made,
+        }
+        log.info("generation %d: %s", move.generation, ", ".join(f"{k} {v:.3f}" for k, v in seconds.items()))
         self.link.send(Formed(self.seat.member, move.generation, move.step, seconds, moved))
         if coming.share is None:
             self.loop.sheet.enter(Bucket.SPARE)

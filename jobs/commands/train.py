@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.output import Output, OutputOption, next_commands, print_json
+
+if TYPE_CHECKING:
+    from jobs.preparation import Prepared
+    from jobs.session import Place
 
 __all__ = ["print_summary", "train"]
 
@@ -43,30 +47,11 @@ def train(
       concertina train --resume latest --set training.steps=1000
     """
     from concertina.elastic.chaos import parse
-    from concertina.errors import ConfigError
-    from jobs.opening import open_job
-    from jobs.preparation import prepare_new, prepare_resume
     from jobs.progress import Progress
-    from jobs.session import find_place, run_session
+    from jobs.session import run_session
 
     injections = [parse(line) for line in chaos or []]
-    more = list(overrides or [])
-    if storage is not None:
-        more.append(f"storage_path={storage}")
-    if resume is not None:
-        from concertina.track.run import open_run
-
-        folder = open_run(Path(storage or "runs"), resume)
-        opened = open_job(job or str(folder.job_file), more)
-        place = find_place(opened.job, address)
-        prepared = prepare_resume(folder, opened.job, opened.layout)
-    elif job is None:
-        raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
-    else:
-        opened = open_job(job, more)
-        place = find_place(opened.job, address)
-        prepared = prepare_new(opened.job, opened.layout)
-
+    prepared, place = _prepare(job, list(overrides or []), resume, address, storage)
     progress = Progress(prepared.folder.events_file, prepared.job, prepared.layout.world)
     if prepared.resume_from is not None:
         progress.offset = prepared.folder.events_file.stat().st_size
@@ -81,6 +66,30 @@ def train(
     print_summary(prepared.folder, reason, output)
     if code:
         sys.exit(code)
+
+
+def _prepare(
+    job: str | None, overrides: list[str], resume: str | None, address: str | None, storage: str | None
+) -> tuple[Prepared, Place]:
+    """A new run or one to continue, and where it is to be. Starts nothing."""
+    from concertina.errors import ConfigError
+    from jobs.opening import open_job
+    from jobs.preparation import prepare_new, prepare_resume
+    from jobs.session import find_place
+
+    more = overrides if storage is None else [*overrides, f"storage_path={storage}"]
+    if resume is not None:
+        from concertina.track.run import open_run
+
+        folder = open_run(Path(storage or "runs"), resume)
+        opened = open_job(job or str(folder.job_file), more)
+        place = find_place(opened.job, address)
+        return prepare_resume(folder, opened.job, opened.layout), place
+    if job is None:
+        raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
+    opened = open_job(job, more)
+    place = find_place(opened.job, address)
+    return prepare_new(opened.job, opened.layout), place
 
 
 def _root_cause(folder: Any) -> None:

@@ -239,7 +239,10 @@ class Generations:
 
     @property
     def holders(self) -> set[int]:
-        """Members present that may hold state: whose reports are waited for. Spares hold nothing."""
+        """Members present whose reports are waited for: that may hold state, or may know who does. Spares hold nothing,
+        but know whether a generation that was overtaken while it moved has been adopted."""
+        if len(self.possible) > 1:
+            return {m for seating in self.possible.values() for m in seating.roster if m in self.present}
         return self._ranks().intersection(self.present)
 
     def _agree(self, coming: Coming) -> Move | None:

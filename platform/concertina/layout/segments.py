@@ -28,6 +28,11 @@ class Segment:
     length: int
     decay: bool
 
+    @property
+    def filled(self) -> int:
+        """Elements that are somebody's; padding comes after them."""
+        return sum(slot.numel for slot in self.slots.values())
+
 
 def segments(model: ModelConfig, layout: Layout, rank: int) -> list[Segment]:
     """The segments of `rank`, one a bucket, in the order of buckets: the same whoever asks."""

@@ -32,9 +32,9 @@ class Bucket:
         length = segment_length(self.slots)
         first = next(iter(parameters.values()))
         self.dtype = torch.promote_types(first.dtype, torch.float32)
-        self.grads = first.new_zeros(group.size, length, dtype=self.dtype)
+        self.grads = first.new_empty(group.size, length, dtype=self.dtype)
         # A group of one needs no exchange: its shard is the buffer itself.
-        self.shard = self.grads[0] if group.size == 1 else self.grads.new_zeros(length)
+        self.shard = self.grads[0] if group.size == 1 else self.grads.new_empty(length)
         self._padding = [self.grads[rank, used:] for rank, used in enumerate(filled) if used < length]
         self._slot_views = {name: self._views_of(self.grads, name) for name in parameters}
         self._filled: set[str] = set()

@@ -25,9 +25,12 @@ Views = tuple[Tensor, Tensor, Tensor]
 
 class FlatAdamW:
     """AdamW (Loshchilov and Hutter 2019) over flat `segments`, one master weight each, which are taken over and not
-    copied; `updates` counts the steps applied."""
+    copied; `updates` counts the steps applied. Without `initial` everything but padding is room that state is moved
+    into."""
 
-    def __init__(self, segments: Sequence[Segment], masters: Sequence[Tensor], training: TrainingConfig) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], masters: Sequence[Tensor], training: TrainingConfig, initial: bool = True
+    ) -> None:
         assert [segment.length for segment in segments] == [len(master) for master in masters]
         self.segments = list(segments)
         self.updates = 0
@@ -39,11 +42,14 @@ class FlatAdamW:
         betas = (training.adam_beta1, training.adam_beta2)
         # The moments are made here rather than at the first step, so that state can be moved into them.
         self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=training.adam_epsilon, fused=True)
-        for master in self.masters:
+        moment = torch.zeros_like if initial else torch.empty_like
+        for segment, master in zip(segments, self.masters, strict=True):
+            state = {"exp_avg": moment(master), "exp_avg_sq": moment(master)}
+            for tensor in (master.detach(), *state.values()):
+                tensor[segment.filled :] = 0.0
             self._adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
+                **{name: tensor.detach() for name, tensor in state.items()},
             }
 
     def apply(self, gradients: Sequence[Tensor], scale: float, rate: float) -> None:

@@ -24,13 +24,13 @@ __all__ = ["KINDS", "ShardedAdamW"]
 class ShardedAdamW(FlatAdamW):
     """AdamW over this rank's shards of `buckets`, whose weights it sends round.
 
-    With `initial`, masters begin as the weights that are there, else as zeros.
+    With `initial`, masters begin as the weights that are there, else as room that state is moved into.
     """
 
     def __init__(self, buckets: list[Bucket], training: TrainingConfig, initial: bool = True) -> None:
         segments = [Segment(bucket.own, len(bucket.shard), bucket.weight_decay > 0) for bucket in buckets]
-        masters = [bucket.master() if initial else torch.zeros_like(bucket.shard) for bucket in buckets]
-        super().__init__(segments, masters, training)
+        masters = [bucket.master() if initial else torch.empty_like(bucket.shard) for bucket in buckets]
+        super().__init__(segments, masters, training, initial)
         self.buckets = buckets
         self._bucket_of = {name: index for index, bucket in enumerate(buckets) for name in bucket.parameters}
         self._travelling: dict[int, Pending] = {}
@@ -58,6 +58,11 @@ class ShardedAdamW(FlatAdamW):
         for index in wanted:
             if index in self._travelling:
                 self._travelling.pop(index).finish()
+
+    def forget_weights(self) -> None:
+        """Only the state is needed any more: the weights and the buckets' buffers may go."""
+        assert not self._travelling, "weights are still under way"
+        self.buckets = []
 
     def leave(self) -> list[Pending]:
         """Weights under way, to be waited for by whoever gives this up."""

@@ -21,7 +21,7 @@ __all__ = ["SecondCopies"]
 class SecondCopies:
     """The shards that `rank` is second owner of, by first owner, and the way of gradients to them and from it.
 
-    Copies begin empty (zeros): `filled` is set by whoever moves state into them.
+    Copies begin empty: `filled` is set by whoever moves state into them.
     """
 
     def __init__(self, job: Job, seating: Seating, rank: int, groups: Groups, like: Tensor) -> None:
@@ -30,9 +30,9 @@ class SecondCopies:
         self.received: dict[int, list[Tensor]] = {}
         for first in seating.firsts(rank):
             theirs = segments(job.model, seating.layout, first)
-            masters = [like.new_zeros(segment.length) for segment in theirs]
-            self.copies[first] = FlatAdamW(theirs, masters, job.training)
-            self.received[first] = [torch.zeros_like(master) for master in masters]
+            masters = [like.new_empty(segment.length) for segment in theirs]
+            self.copies[first] = FlatAdamW(theirs, masters, job.training, initial=False)
+            self.received[first] = [torch.empty_like(master) for master in masters]
         self.filled = not self.copies
         self._group = groups[SECONDS] if self.to is not None or self.copies else None
         self._pending: Pending | None = None

@@ -54,6 +54,7 @@ class Share:
         self.optimizer = ShardedAdamW(self.reducer.buckets, training, initial)
         self.seconds = SecondCopies(job, seating, rank, groups, buckets[0].shard)
         self.filled, self.weights_due = initial, not initial
+        self._alike: dict[str, Tensor] | None = None  # once stripped
         optimizer = weakref.proxy(self.optimizer)  # hooks hold nothing that would hold this share
         for part in self.decoder.modules():
             if isinstance(part, Part) and part.made:
@@ -77,7 +78,18 @@ class Share:
 
     def held_alike(self) -> dict[str, Tensor]:
         """What all ranks hold alike and no gradient moves, by the name that checkpoints know: the routers' biases."""
+        if self._alike is not None:
+            return self._alike
         return {f"buffer/{name}": bias for name, bias in self.decoder.router_biases().items()}
+
+    def strip(self) -> None:
+        """Keep the optimizer's state alone, which others may still want: weights, gradients and their buffers go, so
+        that the next share finds room. Nothing is under way any more."""
+        if self._alike is not None:
+            return
+        self._alike = {name: tensor.clone() for name, tensor in self.held_alike().items()}
+        self.optimizer.forget_weights()
+        del self.decoder, self.reducer, self.deferred
 
     def fill(self, updates: int) -> None:
         """All holdings have been moved in, and have had this many updates."""
@@ -87,6 +99,8 @@ class Share:
 
     def abandon(self) -> None:
         """Wait for what was begun over groups that are fenced, or dead: until it has raised they cannot go."""
+        if self._alike is not None:
+            return  # stripped: nothing was under way
         for pending in (*self.optimizer.leave(), *self.seconds.leave(), *self.reducer.leave()):
             try:
                 pending.finish()
