@@ -118,9 +118,11 @@ class Injector:
                 if actor is not None and not self._unlay(actor):
                     break
                 if member is not None:
-                    victim, laid, actor = found, member, self._actor(member_name(self._session, member))
-                    ray.get(self._fuse(actor, injection), timeout=BOUNDS["ask_ray"].seconds)
-                    end = actor.until_end.remote()
+                    actor = self._actor(member_name(self._session, member))
+                    if self._ask(self._fuse(actor, injection)) is None:
+                        actor = laid = end = None  # it ended by itself: look again
+                        continue
+                    victim, laid, end = found, member, actor.until_end.remote()
             if end is not None and self._has_burnt(injection, victim, end):
                 break
         assert victim is not None
