@@ -121,9 +121,11 @@ class Injector:
                     actor = self._actor(member_name(self._session, member))
                     if self._ask(self._fuse(actor, injection)) is None:
                         actor = laid = end = None  # it ended by itself: look again
-                        continue
-                    victim, laid, end = found, member, actor.until_end.remote()
-            if end is not None and self._has_burnt(injection, victim, end):
+                    else:
+                        victim, laid, end = found, member, actor.until_end.remote()
+            if end is None:
+                time.sleep(_FUSE_POLL_S)
+            elif self._has_burnt(injection, victim, end):
                 break
         assert victim is not None
         self._say(injection, victim)
