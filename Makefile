@@ -12,10 +12,11 @@ STAMP := $(VENV)/.set-up
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
-.PHONY: help setup train test soak lint constraints clean
+.PHONY: help setup train demo test soak lint constraints clean
 
 help:
 	@echo 'make train    set up, then train jobs/quickstart.yaml on this machine; ARGS="--set training.steps=50"'
+	@echo 'make demo     the same, shorter: a node is killed midway and another joins; the run goes on'
 	@echo 'make test     set up, then run the tests; ARGS="tests/layout -x"'
 	@echo 'make setup    a virtual environment in .venv and nothing else; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make lint     ruff, mypy, import-linter'
@@ -26,6 +27,9 @@ setup: $(STAMP)
 
 train: $(STAMP)
 	@$(BIN)/concertina train jobs/quickstart.yaml $(ARGS)
+
+demo: $(STAMP)
+	@$(BIN)/concertina train jobs/quickstart.yaml --set training.steps=160 --chaos 'kill node=1 step=30' --chaos 'join step=60' $(ARGS)
 
 test: $(STAMP)
 	@$(PYTEST) -m "not soak" $(ARGS)

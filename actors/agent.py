@@ -17,6 +17,8 @@ import psutil
 import ray
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
+from actors.strike import SIGNALS, end_node
+from concertina.elastic.chaos import Deed
 from concertina.elastic.waits import BOUNDS
 from infra.processes import is_alive, start_time
 
@@ -47,10 +49,17 @@ class Wards:
 
     def end(self, pids: list[int] | None = None) -> None:
         """Kill these, or all. One that is gone already is what was wanted; one never heard of is left alone."""
+        self.send(signal.SIGKILL, pids)
+
+    def send(self, number: signal.Signals, pids: list[int] | None = None) -> list[int]:
+        """As `end` with another signal; those that got it."""
+        told = []
         for pid, started in self._started.items():
             if (pids is None or pid in pids) and is_alive(pid, started):
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, number)
+                    told.append(pid)
+        return told
 
 
 class NodeAgent:
@@ -84,6 +93,21 @@ class NodeAgent:
         """Kill processes of ranks."""
         self._wards.end(pids)
 
+    # -- on purpose ---------------------------------------------------------------------------------------------------
+
+    def strike(self, deed: Deed, pids: list[int]) -> list[int]:
+        """Kill, freeze or thaw processes of the run on this node, its coordinator and this agent among them; those that
+        were there. Like `end` it touches nothing that the coordinator has not told it of."""
+        if os.getpid() in pids:
+            os.kill(os.getpid(), SIGNALS[deed])
+        return [*self._wards.send(SIGNALS[deed], pids), *self._coordinator.send(SIGNALS[deed], pids)]
+
+    def end_node(self) -> None:
+        """Kill the raylet and every process below it, this one too."""
+        end_node()
+
+    # -- the lease's thread -------------------------------------------------------------------------------------------
+
     def _watch_lease(self) -> None:
         while not self._run_out():
             time.sleep(_LOOK_S)
@@ -92,7 +116,9 @@ class NodeAgent:
         for name in self._reservations:
             with suppress(ValueError):  # given back already
                 remove_placement_group(get_placement_group(name))
-        os._exit(0)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)  # Ray starts one again that merely exits
+        time.sleep(_LOOK_S)
+        os._exit(0)  # it may be that nobody hears any more
 
     def _end_frozen_coordinator(self) -> None:
         if self._silent_s > BOUNDS["coordinator_frozen"].seconds:

@@ -8,7 +8,16 @@ from pathlib import Path
 from concertina.config import Job
 from concertina.layout import Layout
 
-__all__ = ["Assignment", "RunPlan"]
+__all__ = ["Assignment", "RunPlan", "agent_name", "member_name"]
+
+
+def member_name(session: str, member: int) -> str:
+    """Of its actor, in the run's namespace."""
+    return f"member-{session}-{member}"
+
+
+def agent_name(session: str, node_id: str) -> str:
+    return f"agent-{session}-{node_id[:8]}"
 
 
 @dataclass(frozen=True)

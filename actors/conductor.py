@@ -65,6 +65,7 @@ class Conductor:
         folder = RunFolder(plan.folder)
         self.events = EventLog(folder.events_file, plan.run_id)
         self.journal = Journal.open(folder.journal_file, plan.session)
+        self.journal.cluster = ray.get_runtime_context().gcs_address
         past = read_last_session(folder.events_file)
         self.restarted = past.session == plan.session
         if not self.restarted:
@@ -179,7 +180,9 @@ class Conductor:
             reason = Reason.USER_ERROR if first.exit_code == 2 else Reason.RAISED
             text = f"member {first.rank} raised {first.kind_of_error}: {first.message}"
             raise RankFailure(text, rank=first.rank, reason=reason.value, traceback=first.traceback)
-        losses = self.evidence.look(self.regrouping.complaining) + self.regrouping.late(self.hands.members)
+        losses = self.evidence.look(self.regrouping.waits_for_members)
+        known = {loss.member for loss in losses}
+        losses += self.regrouping.late(self.hands.members.keys() - known)
         known = {loss.member for loss in losses}
         for error in self.book.errors:
             if error.rank in self.hands.members and error.rank not in known:
@@ -203,6 +206,7 @@ class Conductor:
             self.hands.lose(loss.member)
             if loss.reason is Reason.NODE:
                 self.hands.lose_node(loss.node)
+        self.journal.write()
 
     def _obey(self) -> None:
         """Stop if somebody wants it, or if nobody watches any more."""
@@ -214,19 +218,24 @@ class Conductor:
             self.book.move(RunEvent.LEFT, f"{reason}, without a checkpoint")
         elif not self.regrouping.asked_to_stop:
             self.book.stop_reason = reason
-            self.book.move(RunEvent.STOP_ASKED, reason)
+            waits = self.book.state in (RunState.WAITING_FOR_CAPACITY, RunState.FORMING)
+            if not (waits and self.regrouping.holds_state):  # else whoever is there first forms, to leave a checkpoint
+                self.book.move(RunEvent.STOP_ASKED, reason)
             self.regrouping.stop()
-        elif self.book.state is RunState.WAITING_FOR_CAPACITY:
-            self.book.move(RunEvent.STOP_ASKED, reason)  # members were lost while they stopped: nobody is waited for
+        elif self.book.state is RunState.WAITING_FOR_CAPACITY and not self.regrouping.holds_state:
+            self.book.move(RunEvent.STOP_ASKED, reason)  # all were lost while they stopped: nobody is waited for
 
     def _recruit(self) -> None:
         if not self.regrouping.asked_to_stop and not self.book.finished:
             self.recruiter.look()
-        for member in self.hands.born():
+        born = self.hands.born()
+        for member in born:
             self.journal.pids[member.number], self.journal.nodes[member.number] = member.pid, member.node_id
             self.journal.next_member = self.hands.next_member
             self.journal.write()
             self.regrouping.arrive(member.number, member.node_id)
+        if born:
+            self.hands.renew_leases()  # an agent ends nobody it was not told of
         self.accounting.look()
         self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
 
@@ -258,6 +267,8 @@ class Conductor:
             sweep(self.plan.namespace)
             return
         answers = self.hands.adopt(members, self.journal.nodes)
+        for member in members.keys() - self.hands.members.keys():
+            self.journal.forget(member)
         ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=BOUNDS["ask_ray"].seconds)
         at_work = {member: _generation(answer) for member, answer in answers.items() if answer in ready}
         self.hands.renew_leases()

@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.agent import NodeAgent
-from actors.assignment import Assignment, RunPlan
+from actors.assignment import Assignment, RunPlan, agent_name, member_name
 from actors.coordinator import COORDINATOR
 from actors.rank import Rank
 from concertina.elastic.losses import Reason
@@ -57,20 +57,20 @@ class Member:
 
 @dataclass
 class Reservation:
-    """Room for `size` members on one node; `held` are those in it by bundle."""
+    """Room for `size` members on one node; `held` are those in it. All bundles are alike: Ray chooses one."""
 
     name: str
     node_id: str
     group: PlacementGroup
     size: int
     ready: Any
-    held: dict[int, int] = field(default_factory=dict)
+    held: set[int] = field(default_factory=set)
     since_s: float = field(default_factory=time.monotonic)
     is_ready: bool = False
 
     @property
-    def free(self) -> list[int]:
-        return [index for index in range(self.size) if index not in self.held]
+    def free(self) -> int:
+        return self.size - len(self.held)
 
 
 class Hands:
@@ -111,6 +111,7 @@ class Hands:
         for reservation in [r for r in self.reservations if not r.is_ready]:
             if _ready([reservation.ready]):
                 reservation.is_ready = True
+                reservation.node_id = _place_of(reservation.group)  # perhaps not where it was asked for
                 self._start_agent(reservation.node_id)
             elif time.monotonic() - reservation.since_s > BOUNDS["placement_group"].seconds:
                 self.release(reservation)
@@ -120,27 +121,27 @@ class Hands:
         self.reservations.remove(reservation)
         remove_placement_group(reservation.group)
 
-    def fill(self, barred: set[str]) -> None:
-        """Start a member wherever there is room and none, but on `barred` nodes."""
+    def fill(self, barred: set[str], most: int) -> None:
+        """Start a member wherever there is room and none, but on `barred` nodes, until there are `most`."""
         for reservation in self.reservations:
             if reservation.is_ready and reservation.node_id not in barred:
-                for bundle in reservation.free:
-                    self._start_member(reservation, bundle)
+                for _ in range(min(reservation.free, most - len(self.members))):
+                    self._start_member(reservation)
 
     def _start_agent(self, node_id: str) -> None:
         if node_id in self.agents:
             return
-        common = {"namespace": self.plan.namespace, "lifetime": "detached", "max_restarts": 0}
+        common = {"namespace": self.plan.namespace, "lifetime": "detached", "max_restarts": -1}
         beside = NodeAffinitySchedulingStrategy(node_id, soft=False)
         agent = ray.remote(NodeAgent).options(
             name=self._agent(node_id), num_cpus=0, max_concurrency=4, scheduling_strategy=beside, **common
         )
         self.agents[node_id] = agent.remote()
 
-    def _start_member(self, reservation: Reservation, bundle: int) -> None:
+    def _start_member(self, reservation: Reservation) -> None:
         number = self.next_member
         self.next_member += 1
-        reservation.held[bundle] = number
+        reservation.held.add(number)
         actor = ray.remote(Rank).options(
             name=self._member(number),
             namespace=self.plan.namespace,
@@ -149,9 +150,7 @@ class Hands:
             num_cpus=self.bundle["CPU"],
             num_gpus=self.bundle.get("GPU", 0),
             max_concurrency=16,  # `until_end` of every coordinator there was, and the short ones
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                reservation.group, placement_group_bundle_index=bundle
-            ),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(reservation.group, placement_group_bundle_index=-1),
         )
         handle = actor.remote(Assignment(self.plan, number, self.channel))
         self.members[number] = Member(number, reservation.node_id, handle).call()
@@ -160,6 +159,7 @@ class Hands:
         """Take over what an earlier coordinator of this session made, and tell it the new channel. Members that are
         gone are left out; of the others the answers of `reattach`, which are under way."""
         answers = {}
+        self._end_unborn(set(pids))
         for number, pid in pids.items():
             try:
                 actor = ray.get_actor(self._member(number), self.plan.namespace)
@@ -175,23 +175,45 @@ class Hands:
         self._adopt_reservations(nodes)
         return answers
 
+    def _end_unborn(self, known: set[int]) -> None:
+        """Members that were on their way when the coordinator ended know only the former channel. And no number is
+        given twice, no reservation's name."""
+        prefix = self._member(0).removesuffix("0")
+        for found in ray.util.list_named_actors(all_namespaces=True):
+            name = found["name"]
+            if found["namespace"] != self.plan.namespace or not name.startswith(prefix):
+                continue
+            number = int(name.removeprefix(prefix))
+            self.next_member = max(self.next_member, number + 1)
+            if number not in known:
+                try:
+                    ray.kill(ray.get_actor(name, self.plan.namespace), no_restart=True)
+                except ValueError:
+                    continue  # it went by itself
+
     def _adopt_reservations(self, nodes: dict[int, str]) -> None:
-        """Those there are by name. Which member is in which bundle is forgotten: none of them is free."""
+        """Those that stand, by name, with the members on their node in them; those that do not are given back."""
+        prefix = f"{self.plan.namespace}-{self.plan.session}-"
+        inside = sorted(self.members)
         for table in placement_group_table().values():
-            if table["name"].startswith(f"{self.plan.namespace}-{self.plan.session}-") and table["state"] == "CREATED":
-                node_id = next(iter(table["bundles_to_node_id"].values()))
-                size = len(table["bundles"])
-                group = get_placement_group(table["name"])
-                found = Reservation(table["name"], node_id, group, size, None, is_ready=True)
-                inside = [m for m, node in nodes.items() if node == node_id and m in self.members]
-                found.held = {index: inside[index] if index < len(inside) else -1 for index in range(size)}
-                self.reservations.append(found)
+            if not table["name"].startswith(prefix) or table["state"] == "REMOVED":
+                continue
+            self._serial = max(self._serial, int(table["name"].removeprefix(prefix)))
+            group = get_placement_group(table["name"])
+            if table["state"] != "CREATED":
+                remove_placement_group(group)
+                continue
+            size, node_id = len(table["bundles"]), _place_of(group)
+            found = Reservation(table["name"], node_id, group, size, None, is_ready=True)
+            found.held = set([m for m in inside if nodes[m] == node_id][:size])
+            inside = [m for m in inside if m not in found.held]
+            self.reservations.append(found)
 
     def _member(self, number: int) -> str:
-        return f"member-{self.plan.session}-{number}"
+        return member_name(self.plan.session, number)
 
     def _agent(self, node_id: str) -> str:
-        return f"agent-{self.plan.session}-{node_id[:8]}"
+        return agent_name(self.plan.session, node_id)
 
     # -- what is known of the members, without waiting ----------------------------------------------------------------
 
@@ -248,13 +270,21 @@ class Hands:
             self.agents[member.node_id].end.remote([member.pid])
         ray.kill(member.actor, no_restart=True)
         for reservation in self.reservations:
-            reservation.held = {index: held for index, held in reservation.held.items() if held != number}
+            reservation.held.discard(number)
 
     def lose_node(self, node_id: str) -> None:
         """A node has died: its room and its agent are gone as well."""
-        self.agents.pop(node_id, None)
+        agent = self.agents.pop(node_id, None)
+        if agent is not None:
+            ray.kill(agent, no_restart=True)
         for reservation in [r for r in self.reservations if r.node_id == node_id]:
             self.release(reservation)
+
+    def lose_dead_nodes(self, living: set[str]) -> None:
+        """However the first news of it came: a connection that breaks does not say that a node has died."""
+        for node_id in {*self.agents, *(r.node_id for r in self.reservations if r.is_ready)} - living:
+            log.warning("node %s is gone", node_id[:8])
+            self.lose_node(node_id)
 
     def give_back(self) -> None:
         """End members, agents and placement groups. What is gone already is passed over."""
@@ -300,6 +330,10 @@ def nodes_now() -> list[NodeCapacity]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def _place_of(group: PlacementGroup) -> str:
+    return str(next(iter(placement_group_table(group)["bundles_to_node_id"].values())))
 
 
 def _ready(calls: list[Any]) -> list[Any]:

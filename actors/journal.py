@@ -27,6 +27,8 @@ class Journal:
     last_generation: int = -1
     next_member: int = 0
     ledger: dict[str, Any] = field(default_factory=dict)
+    cluster: str = ""
+    """Where the Ray cluster is, for those who look for the run."""
 
     @classmethod
     def open(cls, path: Path, session: str) -> Journal:
@@ -57,6 +59,7 @@ class Journal:
         """Durable before it returns."""
         document: dict[str, Any] = {
             "session": self.session,
+            "cluster": self.cluster,
             "coordinator_pid": os.getpid(),
             "pids": self.pids,
             "nodes": self.nodes,

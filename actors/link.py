@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from actors.rank_log import Stamp
+from actors.strike import Fuse
 from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.messages import Control, Message, encode
 from concertina.elastic.waits import BOUNDS
@@ -22,6 +23,7 @@ class RankLink:
         self.client = client
         self.stamp = stamp
         self.overtaken = False
+        self.fuse: Fuse | None = None
         self._phase = ""
         self._control = Control()
         self._asked_checkpoint = False
@@ -55,8 +57,17 @@ class RankLink:
     def send(self, message: Message) -> None:
         self.client.send(encode(message))
 
+    def come_to(self, step: int, phase: str) -> None:
+        """A moment at which somebody may want this process to break. Otherwise nothing."""
+        fuse = self.fuse
+        if fuse is not None and fuse.burns(step, phase):
+            self.fuse = None
+            log.warning("breaks on purpose: %s", phase)
+            fuse.strike()
+
     def progress(self, step: int, phase: str) -> None:
         self.client.progress(step, phase)
+        self.come_to(step, phase)
         self.stamp.step = step
         if phase != self._phase:
             self._phase = phase

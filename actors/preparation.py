@@ -60,6 +60,7 @@ class Preparation:
 
     def _run(self, link: RankLink) -> None:
         began = time.perf_counter()
+        link.come_to(0, "preparing")
         try:
             self._prepare()
         except Exception as error:  # noqa: BLE001 - it comes out of `wait`, in the training thread
@@ -68,6 +69,7 @@ class Preparation:
             link.send(Prepared(self.member, self.generation, time.perf_counter() - began, in_one_line(error)))
         else:
             self.seconds = time.perf_counter() - began
+            link.come_to(0, "prepared")
             link.send(Prepared(self.member, self.generation, self.seconds))
         finally:
             self._done.set()

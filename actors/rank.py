@@ -18,8 +18,10 @@ import torch
 from actors.assignment import Assignment
 from actors.link import RankLink
 from actors.rank_log import open_member_log
+from actors.strike import Fuse, end_node, strike_self
 from actors.trainer import Trainer
 from concertina.elastic.channel.client import ChannelClient
+from concertina.elastic.chaos import Deed, Kind
 from concertina.elastic.waits import BOUNDS
 
 __all__ = ["Rank"]
@@ -61,6 +63,16 @@ class Rank:
         self._client.move_to(channel)
         self._trainer.repeat_last_word()
         return self._trainer.at_work_in
+
+    def lay_fuse(self, deed: Deed | None, kind: Kind = Kind.MEMBER, step: int | None = None, phase: str = "") -> bool:
+        """Break this process, or its whole node, on purpose: when it comes to a step or a phase. No deed: not after
+        all. Whether a fuse lay there before, and has not burnt."""
+        lay = self._link.fuse is not None
+        self._link.fuse = None
+        if deed is not None:
+            strike = end_node if kind is Kind.NODE else lambda: strike_self(deed)
+            self._link.fuse = Fuse(step, phase or None, strike)
+        return lay
 
     # -- the guard's thread -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from ray.autoscaler.sdk import request_resources
 from actors.assignment import RunPlan
 from actors.hands import Hands, nodes_now
 from concertina.elastic.losses import Loss, Reason
-from concertina.elastic.placement import place, shortage
+from concertina.elastic.placement import NodeCapacity, place, shortage
 from concertina.elastic.waits import BOUNDS
 
 __all__ = ["Recruiter"]
@@ -64,18 +64,20 @@ class Recruiter:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
+        nodes = nodes_now()
+        self.hands.lose_dead_nodes({node.node_id for node in nodes})
         self.hands.settle()
         barred = self.barred
-        self.hands.fill(barred)
+        self.hands.fill(barred, self.wanted)
         self._give_up_unborn(now)
         missing = self.wanted - self.hands.room
         if missing <= 0 and not barred:
             self.waiting = ""
             return
-        self._recruit(missing + self._barred_room(barred), barred)
+        usable = [node for node in nodes if node.node_id not in barred]
+        self._recruit(missing + self._barred_room(barred), usable, barred)
 
-    def _recruit(self, missing: int, barred: set[str]) -> None:
-        nodes = [node for node in nodes_now() if node.node_id not in barred]
+    def _recruit(self, missing: int, nodes: list[NodeCapacity], barred: set[str]) -> None:
         cpus, gpus = self.hands.bundle["CPU"], self.hands.bundle.get("GPU", 0.0)
         held: dict[str, int] = defaultdict(int)
         for reservation in self.hands.reservations:
@@ -88,7 +90,7 @@ class Recruiter:
         self.waiting = "" if there >= self.wanted else str(shortage(nodes, self.wanted, there, cpus, gpus))
 
     def _barred_room(self, barred: set[str]) -> int:
-        return sum(len(r.free) for r in self.hands.reservations if r.node_id in barred)
+        return sum(r.free for r in self.hands.reservations if r.node_id in barred)
 
     def _give_up_unborn(self, now: float) -> None:
         bound = BOUNDS["member_start"].seconds

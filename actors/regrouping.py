@@ -69,10 +69,11 @@ class Regrouping:
         self._deadline: tuple[float, str] | None = None
         self._unseated_since: float | None = None
         self._complaint_since: float | None = None
+        self._too_few: tuple[frozenset[int], bool] | None = None
 
     def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
         found, least = seat(self.plan.job, present, old), self.plan.job.elastic.min_workers
-        if found.layout.world < least:
+        if found.layout.world < least and not self.asked_to_stop:  # to leave a checkpoint anybody will do
             text = f"{len(present)} members are there, elastic.min_workers={least}"
             raise CapacityError(text)
         return found
@@ -83,6 +84,12 @@ class Regrouping:
     def complaining(self) -> bool:
         """Whether members have lost the network to their peers."""
         return any(report.failure for report in self.generations.reports.values())
+
+    @property
+    def waits_for_members(self) -> bool:
+        """Whether the world stands still until everybody has answered: who cannot be reached is missed at once. Of a
+        node that died, the second member would else be waited for after the first was given up."""
+        return self.complaining or (self.generations.coming is not None and not self.generations.trains)
 
     def turn_s(self, longest_s: float) -> float:
         """How long the conductor may wait for news: evidence comes together quickly when something is wrong."""
@@ -137,12 +144,8 @@ class Regrouping:
         """Begin what is due without anything having happened."""
         generations, now = self.generations, time.monotonic()
         if (not generations.possible and generations.coming is None) or generations.shortage:
-            if self._enough(now) and not self.asked_to_stop:
-                self._change = self._change or Change("start", [], None)
-                orders = generations.begin()
-                if generations.coming is not None:
-                    self.book.move(RunEvent.CAPACITY)
-                self._do(orders)
+            if self._enough(now):
+                self._begin_anew()
             return
         if self._stuck(now):
             self._complaint_since = None
@@ -154,10 +157,29 @@ class Regrouping:
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
 
+    def _begin_anew(self) -> None:
+        """After a shortage, or for the first time. Who was too few once is so until somebody else comes."""
+        generations, there = self.generations, (frozenset(self.generations.present), self.asked_to_stop)
+        if generations.shortage is not None and there == self._too_few:
+            return
+        self._change = self._change or Change("start", [], None)
+        orders = generations.begin()
+        self._too_few = there if generations.shortage is not None else None
+        if generations.shortage is None:
+            self.book.move(RunEvent.CAPACITY)
+        self._do(orders)
+        if generations.shortage is not None and self.asked_to_stop:
+            self.book.move(RunEvent.STOP_ASKED, f"{self.book.stop_reason}; no checkpoint of the last steps")
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether there is something that a checkpoint could keep."""
+        return bool(self.generations.holders)
+
     def _enough(self, now: float) -> bool:
         """Whether to begin with who is there: all, or enough and no more for a while."""
         there, cluster = len(self.generations.present), self.plan.job.cluster
-        if there >= cluster.num_workers:
+        if there >= cluster.num_workers or (self.asked_to_stop and self.holds_state):
             return True
         gathered = self._unseated_since is not None and now - self._unseated_since > BOUNDS["gather"].seconds
         shortage = self.generations.shortage

@@ -160,6 +160,7 @@ class Trainer:
         moved = self._move(move, coming) if move.source is not None else self._begin(move, coming)
         self._adopt(move, coming)
         self.at_work_in = move.generation
+        self.link.come_to(move.step, "adopted")
         seconds = {
             "wait_s": prepared - began,
             "prepare_s": coming.seconds,
@@ -207,6 +208,7 @@ class Trainer:
         def verified() -> None:
             if coming.share is not None:
                 self._verified = coming
+            self.link.come_to(move.step, "verified")
 
         report = self.engine.move(coming.share, coming.seating, member, plan, coming.crowd, verified)
         return {"local": report.bytes_local, "moved": report.bytes_received}
@@ -310,5 +312,6 @@ class Trainer:
             failed=generation if failure else -1,
         )
         self.link.client.progress(applied, "halted")
+        self.link.come_to(applied, "halted")
         self._say_time()
         self.link.send(report)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.keeper_spec import ray_environment
+from concertina.errors import NotFoundError, UserError
+from infra.keeper_spec import JOIN_FILE, ray_environment
 
 __all__ = ["ClusterAccess"]
+
+_HEARD_S = 10.0  # the keeper looks once a second
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,23 @@ class ClusterAccess:
 
     address: str
     token_path: Path | None = None
+
+    def ask_for_node(self) -> None:
+        """Have the keeper of a local cluster of ours start one more node; it is there some seconds later.
+
+        Raises UserError for a cluster that is not ours.
+        """
+        if self.token_path is None:
+            raise UserError(
+                f"the cluster at {self.address} is not ours: `ray start --address=...` on a new machine adds it"
+            )
+        wish = self.token_path.with_name(JOIN_FILE)
+        deadline = time.monotonic() + _HEARD_S
+        while wish.exists():  # one wish at a time
+            if time.monotonic() > deadline:
+                raise NotFoundError(f"the keeper of the cluster at {self.address} does not answer: is it gone?")
+            time.sleep(0.05)
+        wish.touch()
 
     def environment(self) -> dict[str, str]:
         """Variables a process needs before it imports ray; empty for a cluster that is not ours."""

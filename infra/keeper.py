@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-from infra.keeper_spec import CLUSTER_FILE, KeeperReport, KeeperSpec, StartProblem
+from infra.keeper_spec import CLUSTER_FILE, JOIN_FILE, KeeperReport, KeeperSpec, StartProblem
 from infra.processes import adopt_orphans, end_descendants, end_with_parent, is_alive, reap, start_time
 
 if TYPE_CHECKING:
@@ -142,9 +142,20 @@ def _keep(spec: KeeperSpec, watch: Watch, guard: int) -> None:
     while why is None:
         why = watch.wait(_TICK)
         reap()
+        _join(nodes, Path(spec.temp_dir, JOIN_FILE))
     log.info("%s", why)
     if why is Why.DRIVER_GONE:
         _let_actors_finish(nodes, timedelta(seconds=spec.actors_timeout_s), watch)
+
+
+def _join(nodes: LocalNodes, wish: Path) -> None:
+    """One more node, if somebody wants it."""
+    if wish.exists():
+        wish.unlink()
+        log.info("one more node")
+        nodes.join()
+    for error in nodes.failed_joins():
+        log.error("a node did not start: %s", error)
 
 
 def _start(nodes: LocalNodes, spec: KeeperSpec, watch: Watch) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 __all__ = [
     "CLUSTER_FILE",
     "FOLDER_PREFIX",
+    "JOIN_FILE",
     "LOOPBACK",
     "TOKEN_FILE",
     "KeeperReport",
@@ -22,6 +23,8 @@ LOOPBACK = "127.0.0.1"
 FOLDER_PREFIX = "concertina-ray-"
 TOKEN_FILE = "auth_token"
 CLUSTER_FILE = "cluster.json"
+JOIN_FILE = "join"
+"""Who puts it beside the cluster file wants one more node; the keeper removes it and starts one."""
 
 
 class StartProblem(Exception):
@@ -58,8 +61,14 @@ class KeeperSpec:
     """How long actors of ours may finish once the driver is gone."""
 
     def gpus_of(self, index: int) -> tuple[int, ...]:
+        """A node that joined later has none: all are dealt out."""
+        if index >= self.num_nodes:
+            return ()
         first, last = (i * len(self.gpus) // self.num_nodes for i in (index, index + 1))
         return self.gpus[first:last]
+
+    def resources_of(self, index: int) -> Mapping[str, float]:
+        return self.resources[index] if index < self.num_nodes else {}
 
     def environment_of(self, index: int) -> dict[str, str]:
         """Two nodes of one machine must not both own device 0."""

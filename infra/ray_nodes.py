@@ -52,6 +52,8 @@ class LocalNodes:
         self._head: Node | None = None
         self._accessor: GlobalStateAccessor | None = None
         self._threads = ThreadPoolExecutor(max_workers=spec.num_nodes + 1)
+        self._started = spec.num_nodes
+        self._joins: list[Future[Any]] = []
         self._starts: list[Future[Any]] = []
         self._fellows_started = False
 
@@ -85,6 +87,17 @@ class LocalNodes:
         if alive < self._spec.num_nodes:
             return False
         return not self._spec.dashboard or self._dashboard_is_up()
+
+    def join(self) -> None:
+        """Start one more node beside those there are. Does not wait; `failed_joins` tells of one that failed."""
+        self._started += 1
+        self._joins.append(self._threads.submit(self._start_fellow, self._started - 1))
+
+    def failed_joins(self) -> list[BaseException]:
+        """Why nodes that should have joined did not; each once."""
+        done = [join for join in self._joins if join.done()]
+        self._joins = [join for join in self._joins if join not in done]
+        return [error for join in done if (error := join.exception()) is not None]
 
     def living_actors(self, namespace_prefix: str) -> list[str]:
         """Names of the actors, dead ones apart, whose namespace begins so."""
@@ -146,7 +159,7 @@ class LocalNodes:
             node_ip_address=LOOPBACK,
             num_cpus=spec.cpus_per_node,
             num_gpus=len(spec.gpus_of(index)),
-            resources=dict(spec.resources[index]),
+            resources=dict(spec.resources_of(index)),
             object_store_memory=_OBJECT_STORE_BYTES,
             temp_dir=spec.temp_dir,
             dashboard_agent_listen_port=0,  # 0: a free one; the fixed default port would meet other clusters
@@ -165,4 +178,9 @@ class LocalNodes:
             )
         else:
             params.update(gcs_address=self.address, redis_address=self.address)
+            sockets = self.session_dir / "sockets"  # Ray looks for free names: two that start at once find the same
+            params.update(
+                plasma_store_socket_name=str(sockets / f"plasma_store.n{index}"),
+                raylet_socket_name=str(sockets / f"raylet.n{index}"),
+            )
         return params

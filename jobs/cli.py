@@ -24,6 +24,7 @@ COMMANDS = (
     ("train", "jobs.commands.train:train"),
     ("ckpt", "jobs.commands.ckpt:app"),
     ("runs", "jobs.commands.runs:runs"),
+    ("chaos", "jobs.commands.chaos:chaos"),
     ("data", "jobs.commands.data:data"),
     ("doctor", "jobs.commands.doctor:doctor"),
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from concertina.config import Job
+from concertina.elastic.chaos import Injection
 from concertina.errors import UserError
+from jobs.injections import break_on_purpose
 from jobs.preparation import Prepared, forget
 from jobs.progress import Progress
 from jobs.signals import Signals
@@ -40,7 +42,9 @@ def find_place(job: Job, address: str | None) -> Place:
     return Place(running) if running is not None else Place(None, _local_gpus(job))
 
 
-def run_session(prepared: Prepared, place: Place, progress: Progress) -> tuple[int, str]:
+def run_session(
+    prepared: Prepared, place: Place, progress: Progress, injections: Sequence[Injection] = ()
+) -> tuple[int, str]:
     """Train to the end of the session; (exit code, reason). Ctrl-C stops with a checkpoint, a second one at once."""
     with ExitStack() as stack:
         try:
@@ -56,6 +60,7 @@ def run_session(prepared: Prepared, place: Place, progress: Progress) -> tuple[i
         except BaseException:
             forget(prepared)
             raise
+        break_on_purpose(injections, prepared.folder, access, progress)
         return Watch(handle, prepared.folder, progress, signals).until_over()
 
 

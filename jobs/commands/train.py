@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.output import Output, OutputOption, next_commands, print_json
+
+if TYPE_CHECKING:
+    from jobs.preparation import Prepared
+    from jobs.session import Place
 
 __all__ = ["print_summary", "train"]
 
@@ -25,6 +29,10 @@ def train(
         str | None, typer.Option(help="A running Ray cluster, host:port. Absent: RAY_ADDRESS, else a local one.")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="Folder of runs.", show_default="the job's storage_path")] = None,
+    chaos: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LINE", help="Break the run on purpose: 'kill node=1 step=20'. May be repeated."),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Train in the foreground, on a local Ray cluster or a running one. Ctrl-C stops with a checkpoint.
@@ -38,41 +46,50 @@ def train(
       concertina train jobs/quickstart.yaml --set training.steps=50
       concertina train --resume latest --set training.steps=1000
     """
-    from concertina.errors import ConfigError
-    from jobs.opening import open_job
-    from jobs.preparation import prepare_new, prepare_resume
+    from concertina.elastic.chaos import parse
     from jobs.progress import Progress
-    from jobs.session import find_place, run_session
+    from jobs.session import run_session
 
-    more = list(overrides or [])
-    if storage is not None:
-        more.append(f"storage_path={storage}")
-    if resume is not None:
-        from concertina.track.run import open_run
-
-        folder = open_run(Path(storage or "runs"), resume)
-        opened = open_job(job or str(folder.job_file), more)
-        place = find_place(opened.job, address)
-        prepared = prepare_resume(folder, opened.job, opened.layout)
-    elif job is None:
-        raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
-    else:
-        opened = open_job(job, more)
-        place = find_place(opened.job, address)
-        prepared = prepare_new(opened.job, opened.layout)
-
+    injections = [parse(line) for line in chaos or []]
+    prepared, place = _prepare(job, list(overrides or []), resume, address, storage)
     progress = Progress(prepared.folder.events_file, prepared.job, prepared.layout.world)
     if prepared.resume_from is not None:
         progress.offset = prepared.folder.events_file.stat().st_size
         progress.say(f"resuming run {prepared.folder.run_id} after step {prepared.resume_step}")
     else:
         progress.say(f"run {prepared.folder.run_id} in {prepared.folder.path}")
-    code, reason = run_session(prepared, place, progress)
+    code, reason = run_session(prepared, place, progress, injections)
     if code not in (0, 103):
         _root_cause(prepared.folder)
+    if injections and output is Output.TEXT:
+        _print_story(prepared.folder)
     print_summary(prepared.folder, reason, output)
     if code:
         sys.exit(code)
+
+
+def _prepare(
+    job: str | None, overrides: list[str], resume: str | None, address: str | None, storage: str | None
+) -> tuple[Prepared, Place]:
+    """A new run or one to continue, and where it is to be. Starts nothing."""
+    from concertina.errors import ConfigError
+    from jobs.opening import open_job
+    from jobs.preparation import prepare_new, prepare_resume
+    from jobs.session import find_place
+
+    more = overrides if storage is None else [*overrides, f"storage_path={storage}"]
+    if resume is not None:
+        from concertina.track.run import open_run
+
+        folder = open_run(Path(storage or "runs"), resume)
+        opened = open_job(job or str(folder.job_file), more)
+        place = find_place(opened.job, address)
+        return prepare_resume(folder, opened.job, opened.layout), place
+    if job is None:
+        raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
+    opened = open_job(job, more)
+    place = find_place(opened.job, address)
+    return prepare_new(opened.job, opened.layout), place
 
 
 def _root_cause(folder: Any) -> None:
@@ -82,6 +99,15 @@ def _root_cause(folder: Any) -> None:
     errors = [event for event in read_events(folder.events_file) if event.type == EventType.ERROR]
     if errors and errors[-1].data.get("traceback"):
         sys.stderr.write(f"\nmember {errors[-1].data['rank']}, log in {folder.logs}:\n{errors[-1].data['traceback']}\n")
+
+
+def _print_story(folder: Any) -> None:
+    """What became of it that the run was broken: every recovery, and where the time went."""
+    from concertina.track.summary import summarize
+    from jobs.ledger_facts import ledger_lines, recovery_lines
+
+    found = summarize(folder)
+    sys.stdout.write("\n" + "".join(f"{line}\n" for line in [*recovery_lines(found), *ledger_lines(found)]))
 
 
 def print_summary(folder: Any, reason: str, output: Output) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.journal import Journal
@@ -30,7 +32,7 @@ class Outgoing:
     """Stands for the channel: keeps the orders."""
 
     def __init__(self) -> None:
-        self.recorded = 0
+        self.recorded, self.address = 0, ("127.0.0.1", 0)
         self.orders: list[tuple[int, Message]] = []
 
     def send(self, member: int, document: dict[str, Any]) -> None:
@@ -60,7 +62,9 @@ class Scene:
         self.journal = Journal.open(self.plan.folder / "journal.json", "session")
         self.channel = Outgoing()
         channel: Any = self.channel
-        self.regrouping = Regrouping(self.plan, self.book, self.journal, channel, "127.0.0.1")
+        nobody: Any = SimpleNamespace(members={})
+        accounting = Accounting(self.plan, self.log, self.book, nobody, self.journal)
+        self.regrouping = Regrouping(self.plan, self.book, self.journal, channel, accounting)
 
     def restart(self) -> None:
         self.log.close()

@@ -42,7 +42,7 @@ class Loss:
     node: str
     reason: Reason
     text: str
-    since_s: float = field(default_factory=time.monotonic)
+    since_s: float = field(default_factory=time.monotonic, compare=False)
 
     def __str__(self) -> str:
         return f"member {self.member} ({self.reason.value}: {self.text})"
