@@ -69,8 +69,10 @@ class Extremes:
 def rank_bytes(
     model: ModelConfig, layout: Layout, precision: Precision, rank: int, firsts: Sequence[int] = ()
 ) -> RankBytes:
-    """What `rank` allocates, as second owner of the ranks `firsts` (`Seating.firsts`). Raises LayoutError for pp above 1:
-    layers are not cut by stage yet."""
+    """What `rank` allocates that is second owner of the ranks `firsts` (`Seating.firsts`).
+
+    Raises LayoutError for pp above 1: layers are not cut by stage yet.
+    """
     if layout.pp > 1:
         raise LayoutError(
             f"layers are not cut over pp={layout.pp} stages yet, so no rank's bytes are known: set layout.pp to 1"

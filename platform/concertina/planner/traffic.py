@@ -59,7 +59,7 @@ of experts."""
 
 @dataclass(frozen=True)
 class Sender:
-    """The rank whose bytes are counted, and what it computes with. `has_second`: whether a rank keeps its second copy."""
+    """The rank whose bytes are counted, and what it computes with. `has_second`: another rank keeps its second copy."""
 
     model: ModelConfig
     layout: Layout
