@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # bare degrees need neither YAML nor the schema
 
 __all__ = ["layout"]
 
+_COLUMNS = {"weights": 12, "gradients": 12, "optimizer": 12, "second copies": 15, "total": 12}
+"""Of the kinds of `RankBytes.to_json`, in its order, and how wide."""
+
 Degree = Annotated[int | None, typer.Option(min=1, show_default="1, or the job's")]
 
 
@@ -35,8 +38,9 @@ def layout(
 
     \b
     dp and edp follow from the world: dp*cp*tp == edp*ep*etp == world/pp.
-    Of a job also: parameters, FLOPs a token, bytes of weights, gradients and optimizer on the largest and the
-    smallest rank. With -o json: the degrees of both grids and the ranks of every group; bytes exact.
+    Of a job also: parameters, FLOPs a token, bytes of weights, gradients, optimizer and second copies (of one
+    rank like itself) on the largest and the smallest rank. With -o json: the degrees of both grids and the ranks
+    of every group; bytes exact.
 
     \b
     Example:
@@ -112,9 +116,7 @@ class _Cost:
         found = self.bytes_per_rank
         if isinstance(found, str):
             return [f"memory      {found}"]
-        names = f"memory, {self.precision:<12}" + "".join(
-            f"{name:>12}" for name in ("weights", "gradients", "optimizer", "total")
-        )
+        names = f"memory, {self.precision:<12}" + "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
         if found.most == found.least:
             return [names, _row("every rank", found.most)]
         return [
@@ -130,7 +132,8 @@ def _short_flops(number: int) -> str:
 
 
 def _row(label: str, held: RankBytes) -> str:
-    return f"  {label:<18}" + "".join(f"{short_bytes(number):>12}" for number in held.to_json().values())
+    numbers = zip(held.to_json().values(), _COLUMNS.values(), strict=True)
+    return f"  {label:<18}" + "".join(f"{short_bytes(number):>{width}}" for number, width in numbers)
 
 
 def _cost(opened: OpenedJob) -> _Cost:

@@ -162,7 +162,7 @@ def test_layout_of_a_job_prints_what_it_takes(run: Callable[..., Outcome]) -> No
     document = json.loads(run(*words, "-o", "json")[1])
     job = load_job(ROOT / "jobs/quickstart.yaml")
     layout = Layout(6, tp=2, ep=3)
-    held = {rank: rank_bytes(job.model, layout, "float32", rank) for rank in range(6)}
+    held = {rank: rank_bytes(job.model, layout, "float32", rank, (rank,)) for rank in range(6)}
     assert {key: document[key] for key in layout.to_json()} == layout.to_json()
     assert document["parameters"] == {"total": 4_921_728, "active": 2_267_520}
     assert document["flops_per_token"] == flops_per_token(job.model, 256)
@@ -176,14 +176,16 @@ def test_layout_of_a_job_prints_what_it_takes(run: Callable[..., Outcome]) -> No
         "\ntraining    14.2 MFLOP a token: products of forward and backward, causal attention over 256 tokens\n" in out
     )
     rows = out.partition("\nmemory, float32 ")[2].splitlines()
-    assert rows[0].split() == ["weights", "gradients", "optimizer", "total"]
-    assert rows[1] == "  rank 0, most          7.71 MiB   13.68 MiB   12.78 MiB   34.17 MiB"
+    assert rows[0].split() == ["weights", "gradients", "optimizer", "second", "copies", "total"]
+    assert rows[1] == "  rank 0, most          7.71 MiB   13.68 MiB   12.78 MiB      17.04 MiB   51.20 MiB"
     assert rows[2].startswith("  rank 2, least ")
     assert len({len(row) for row in rows[1:3]}) == 1
+    assert len("memory, float32 " + rows[0]) == len(rows[1]), "names stand over their numbers"
 
 
 def test_layout_of_equal_ranks_and_of_stages(run: Callable[..., Outcome]) -> None:
-    assert "\n  every rank           12.02 MiB   16.72 MiB   14.08 MiB   42.82 MiB\n" in run("layout", "quickstart")[1]
+    row = "\n  every rank           12.02 MiB   16.72 MiB   14.08 MiB      18.77 MiB   61.60 MiB\n"
+    assert row in run("layout", "quickstart")[1]
     _, out, _ = run("layout", "mixtral-8x7b", "--world", "64", "--tp", "2", "--ep", "8")
     assert "\nmodel       46.7 B parameters, 12.9 B of them active for a token\n" in out
     assert "\ntraining    79.7 GFLOP a token: " in out

@@ -15,13 +15,25 @@ from torch import Tensor
 
 from concertina.config import Job, load_job
 from concertina.errors import LayoutError
-from concertina.layout import Box, Layout, kv_copies, plan_buckets, plan_slots, rank_slots, segment_length, shards
+from concertina.layout import (
+    Box,
+    Layout,
+    Seating,
+    kv_copies,
+    plan_buckets,
+    plan_slots,
+    rank_slots,
+    segment_length,
+    shards,
+)
 from concertina.model import Decoder
 from concertina.parallel.reducer import make_buckets
 from concertina.planner.memory import RankBytes, extremes, rank_bytes
+from concertina.train.adamw import FlatAdamW
 from concertina.train.engine import Engine
-from tests.distributed import on_ranks, seat
-from tests.train.worlds import engine_on, seated_engine, tiny_job
+from tests.distributed import form, on_ranks, seat
+from tests.train.generations import on_nodes
+from tests.train.worlds import seated_engine, tiny_job, unconfigured
 
 Degrees = dict[str, int]
 
@@ -56,26 +68,58 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def uneven(layout: Layout) -> Seating:
+    """Ranks on two nodes, one of them twice as large: second owners of none, of one and of several others."""
+    large = -(-2 * layout.world // 3)
+    return on_nodes(layout, {rank: "large" if rank < large else "small" for rank in range(layout.world)})
+
+
+def held_by(adamw: FlatAdamW) -> list[Tensor]:
+    """Masters, moments and counters."""
+    return [*adamw.masters, *(tensor for master in adamw.masters for tensor in adamw._adamw.state[master].values())]
+
+
 def allocated(engine: Engine) -> RankBytes:
-    buckets, states = engine.reducer.buckets, engine.optimizer._adamw.state
-    moments = [tensor for master in engine.optimizer.masters for tensor in states[master].values()]
+    buckets, seconds = engine.reducer.buckets, engine.share.seconds
+    kept = [tensor for copy in seconds.copies.values() for tensor in held_by(copy)]
+    received = [tensor for segments in seconds.received.values() for tensor in segments]
     return RankBytes(
         weights=storage_bytes(tensor for _, tensor in engine.decoder.named_tensors()),
         gradients=storage_bytes(tensor for bucket in buckets for tensor in (bucket.grads, bucket.shard)),
-        optimizer=storage_bytes([*engine.optimizer.masters, *moments]),
+        optimizer=storage_bytes(held_by(engine.optimizer)),
+        second_copies=storage_bytes([*kept, *received]),
     )
 
 
 def check(job: Job, layout: Layout) -> None:
+    """Of a seating with second owners; what a rank keeps for nobody else is the same without."""
+    seating = uneven(layout)
     for rank in range(layout.world):
-        counted = rank_bytes(job.model, layout, job.training.precision, rank)
-        assert counted == allocated(seated_engine(job, layout, rank)), f"rank {rank}"
+        counted = rank_bytes(job.model, layout, job.training.precision, rank, seating.firsts(rank))
+        assert counted == allocated(seated_engine(job, layout, rank, seating)), f"rank {rank}"
 
 
 @pytest.mark.unit
 @pytest.mark.parametrize(("world", "degrees"), LAYOUTS, ids=str)
 def test_bytes_are_the_engine_s(world: int, degrees: Degrees) -> None:
     check(tiny_job(), Layout(world, **degrees))
+
+
+@pytest.mark.unit
+def test_layouts_have_ranks_with_no_copy_with_several_and_with_unlike_ones() -> None:
+    """What the comparison of bytes needs, to tell apart the ranks that are kept and the one that keeps."""
+    layout = Layout(3, ep=3)
+    assert [uneven(layout).firsts(rank) for rank in range(3)] == [(2,), (), (0, 1)]
+    own = [rank_bytes(tiny_job().model, layout, "float32", rank).optimizer for rank in range(3)]
+    assert own[0] == own[1] > own[2], "eight experts over three ranks"
+
+
+@pytest.mark.unit
+def test_without_second_owners_nothing_is_kept() -> None:
+    job, layout = tiny_job(), Layout(4, tp=2, ep=2)
+    counted = rank_bytes(job.model, layout, "float64", 1)
+    assert counted == allocated(seated_engine(job, layout, 1))
+    assert counted.second_copies == 0
 
 
 @pytest.mark.unit
@@ -117,8 +161,11 @@ def test_of_a_published_model() -> None:
         assert counted.optimizer == sum(3 * bucket.shard.untyped_storage().nbytes() + 4 for bucket in buckets)
 
 
-def after_two_steps(rank: int, store: Any, job: Job, layout: Layout) -> RankBytes:
-    engine = engine_on(job, layout, rank, store)
+def after_two_steps(rank: int, store: Any, job: Job, seating: Seating) -> RankBytes:
+    engine, layout = unconfigured(job), seating.layout
+    groups = form(layout, rank, store, kv_lanes=kv_copies(job.model, layout.tp))
+    engine.adopt(engine.prepare(seating, rank, groups, "initial"))
+    engine.fill_seconds()
     for step in (1, 2):
         engine.train_step(step)
     return allocated(engine)
@@ -127,17 +174,23 @@ def after_two_steps(rank: int, store: Any, job: Job, layout: Layout) -> RankByte
 @pytest.mark.dist
 def test_a_step_adds_nothing() -> None:
     job, layout = tiny_job(training__precision="float32"), Layout(4, tp=2, ep=2)
-    ranks = on_ranks(after_two_steps, 4, job, layout)
-    assert ranks == [rank_bytes(job.model, layout, "float32", rank) for rank in range(4)]
+    seating = uneven(layout)
+    ranks = on_ranks(after_two_steps, 4, job, seating)
+    assert ranks == [rank_bytes(job.model, layout, "float32", rank, seating.firsts(rank)) for rank in range(4)]
 
 
 @pytest.mark.unit
 def test_a_byte_too_many_is_seen() -> None:
-    engine = seated_engine(tiny_job(), Layout(4, ep=2), 0)
+    layout = Layout(4, ep=2)
+    engine = seated_engine(tiny_job(), layout, 3, uneven(layout))
     bucket = engine.reducer.buckets[0]
     counted = allocated(engine)
     bucket.shard = bucket.shard.new_zeros(len(bucket.shard) + 1)
     assert allocated(engine) == replace(counted, gradients=counted.gradients + bucket.shard.element_size())
+    received = engine.share.seconds.received[0]
+    received[-1] = received[-1].new_zeros(len(received[-1]) + 1)
+    kept = counted.second_copies + received[-1].element_size()
+    assert allocated(engine).second_copies == kept
 
 
 @pytest.mark.unit
@@ -148,6 +201,11 @@ def test_a_byte_too_many_is_seen() -> None:
 def test_the_first_rank_of_a_group_has_the_longest_segment(boxes: list[tuple[int, ...]], parts: int) -> None:
     named = {f"p{index}": Box.whole(shape) for index, shape in enumerate(boxes)}
     assert segment_length([rank_slots(named, parts, 0)]) == segment_length(plan_slots(named, parts))
+
+
+def like(layout: Layout, rank: int) -> tuple[int, ...]:
+    """Whose copies the extremes count."""
+    return (rank,) if layout.world > 1 else ()
 
 
 @pytest.mark.unit
@@ -161,7 +219,7 @@ def test_the_first_rank_of_a_group_has_the_longest_segment(boxes: list[tuple[int
 def test_the_extremes_are_those_of_all_ranks(tp: int, ep: int, etp: int, replicas: int) -> None:
     layout = Layout(lcm(tp, ep * etp) * replicas, tp=tp, ep=ep, etp=etp)
     model = tiny_job().model
-    every = [rank_bytes(model, layout, "bfloat16", rank) for rank in range(layout.world)]
+    every = [rank_bytes(model, layout, "bfloat16", rank, like(layout, rank)) for rank in range(layout.world)]
     found = extremes(model, layout, "bfloat16")
     totals = [each.total for each in every]
     assert (found.largest, found.smallest) == (totals.index(max(totals)), totals.index(min(totals)))
@@ -174,9 +232,16 @@ def test_thousands_of_ranks_ask_few() -> None:
     model = load_job("jobs/qwen3-30b-a3b.yaml").model
     layout = Layout(16320, tp=4, ep=120)
     found = extremes(model, layout, "bfloat16")
-    assert found.most == rank_bytes(model, layout, "bfloat16", 16200)
-    assert found.least == rank_bytes(model, layout, "bfloat16", 16319)
+    assert found.most == rank_bytes(model, layout, "bfloat16", 16200, [16200])
+    assert found.least == rank_bytes(model, layout, "bfloat16", 16319, [16319])
     assert found.most.total > found.least.total
+
+
+@pytest.mark.unit
+def test_one_rank_alone_keeps_nothing_for_others() -> None:
+    job = tiny_job()
+    found = extremes(job.model, Layout(1), "float64")
+    assert found.most == found.least == allocated(seated_engine(job, Layout(1), 0))
 
 
 @pytest.mark.unit

@@ -6,25 +6,46 @@ from typing import Any
 
 import pytest
 
-from concertina.config import Job, ModelConfig
-from concertina.layout import Layout
+from concertina.config import Job, ModelConfig, count_parameters
+from concertina.layout import Layout, Seating, kv_copies
 from concertina.model.router import Router
 from concertina.parallel.trace import bytes_sent, recording
-from concertina.planner.traffic import Counts, Sender, Traffic, agreement, crossing, dispatch, even_counts, step, zero
-from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, tiny_job
+from concertina.planner.traffic import (
+    Counts,
+    Sender,
+    Traffic,
+    agreement,
+    crossing,
+    dispatch,
+    even_counts,
+    seconds,
+    step,
+    zero,
+)
+from tests.distributed import form, on_ranks
+from tests.train.worlds import tiny_job, unconfigured
 
 Degrees = tuple[int, int, int, int]
 """World, tp, ep, etp."""
+
+Owners = tuple[int | None, ...]
+"""The second owner of every rank."""
 
 
 # -- a recorded step ---------------------------------------------------------------------------------------------------
 
 
-def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees) -> dict[str, Any]:
+def nobody(degrees: Degrees) -> Owners:
+    return (None,) * degrees[0]
+
+
+def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Owners) -> dict[str, Any]:
     """Bytes that step 1 sent, sequences of its micro-batches, rows this rank routed to every expert, in order."""
     world, tp, ep, etp = degrees
-    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    engine, layout = unconfigured(job), Layout(world, tp=tp, ep=ep, etp=etp)
+    groups = form(layout, rank, store, kv_lanes=kv_copies(job.model, tp))
+    engine.adopt(engine.prepare(Seating(layout, tuple(range(world)), owners), rank, groups, "initial"))
+    engine.fill_seconds()
     routed: list[list[int]] = []
 
     def note(_: Any, __: Any, output: Any) -> None:
@@ -40,10 +61,10 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees) -> dict[str
     return {"sent": bytes_sent(records), "micro_batches": micro_batches, "routed": routed}
 
 
-def sender_of(job: Job, degrees: Degrees, rank: int) -> Sender:
+def sender_of(job: Job, degrees: Degrees, rank: int, has_second: bool = False) -> Sender:
     world, tp, ep, etp = degrees
     layout = Layout(world, tp=tp, ep=ep, etp=etp)
-    return Sender(job.model, layout, rank, job.training.precision, job.layout.sequence_parallel)
+    return Sender(job.model, layout, rank, job.training.precision, job.layout.sequence_parallel, has_second)
 
 
 def expected(sender: Sender, ranks: list[dict[str, Any]], length: int) -> Traffic:
@@ -55,11 +76,13 @@ def expected(sender: Sender, ranks: list[dict[str, Any]], length: int) -> Traffi
     return step(sender, length, micro_batches, routing)
 
 
-def check(job: Job, degrees: Degrees) -> list[Traffic]:
-    ranks = on_ranks(recorded_step, degrees[0], job, degrees)
+def check(job: Job, degrees: Degrees, owners: Owners | None = None) -> list[Traffic]:
+    owners = owners or nobody(degrees)
+    ranks = on_ranks(recorded_step, degrees[0], job, degrees, owners)
     formulas = []
     for rank, found in enumerate(ranks):
-        formulas.append(expected(sender_of(job, degrees, rank), ranks, job.data.sequence_length))
+        sender = sender_of(job, degrees, rank, owners[rank] is not None)
+        formulas.append(expected(sender, ranks, job.data.sequence_length))
         assert {key: sent for key, sent in found["sent"].items() if sent} == formulas[-1]
     return formulas
 
@@ -104,10 +127,26 @@ def test_in_other_precisions_and_without_sequence_parallelism(precision: str, se
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize(
+    ("degrees", "owners", "precision"),
+    [
+        ((3, 1, 3, 1), (2, 2, 0), "float32"),  # experts unevenly; rank 2 keeps two copies, rank 1 none
+        ((4, 4, 1, 1), (1, 2, 3, None), "float64"),  # lanes that share key-value heads; one rank without a second
+        ((4, 2, 2, 1), (2, 3, 0, 1), "bfloat16"),  # gradients travel wider than weights
+    ],
+    ids=["uneven", "shared heads", "narrow weights"],
+)
+def test_a_step_with_second_owners(degrees: Degrees, owners: Owners, precision: str) -> None:
+    formulas = check(tiny_job(training__precision=precision), degrees, owners)
+    sent = [traffic.get(("seconds", "exchange"), 0) for traffic in formulas]
+    assert [count > 0 for count in sent] == [second is not None for second in owners]
+
+
+@pytest.mark.dist
 def test_another_routing_would_have_sent_something_else() -> None:
     """The comparison sees one row that went to another rank, and a crossing too many."""
     job, degrees = tiny_job(), (2, 2, 2, 1)
-    ranks = on_ranks(recorded_step, 2, job, degrees)
+    ranks = on_ranks(recorded_step, 2, job, degrees, nobody(degrees))
     sender, length = sender_of(job, degrees, 0), job.data.sequence_length
     right = expected(sender, ranks, length)
     assert ranks[0]["sent"] == right
@@ -178,6 +217,17 @@ def test_every_parameter_is_reduced_and_gathered_once() -> None:
     experts = model.num_hidden_layers * model.num_experts // 2 * 3 * 64 * 64
     assert weights["edp"] == experts // 2 * 2  # half a rank's experts to its one replica, two bytes each
     assert all(traffic[(group, "reduce_scatter")] == 2 * sent for group, sent in weights.items())
+
+
+@pytest.mark.unit
+def test_four_bytes_a_parameter_go_to_second_owners_over_the_world() -> None:
+    """Every parameter once, of a model whose parameters divide by the world; in bfloat16 as in float32."""
+    model = ModelConfig(hidden_size=64, intermediate_size=64, moe_intermediate_size=64, vocab_size=256)
+    for precision in ("float32", "bfloat16"):
+        ranks = [Sender(model, Layout(4, ep=2), rank, precision, has_second=True) for rank in range(4)]
+        sent = sum(seconds(sender)[("seconds", "exchange")] for sender in ranks)
+        assert sent == 4 * count_parameters(model)[0]
+    assert seconds(Sender(model, Layout(4, ep=2), 0)) == {}
 
 
 @pytest.mark.unit

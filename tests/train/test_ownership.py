@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from concertina.config import Job
-from concertina.layout import Box, Layout, Shard
+from concertina.layout import Box, Layout, Seating, Shard
 from concertina.model import Decoder
 from concertina.model.init import initialize
 from concertina.planner.memory import rank_bytes
@@ -101,8 +101,19 @@ def test_building_an_engine() -> None:
         engine = seated_engine(BUILT, NEW, 3)
     counted = rank_bytes(BUILT.model, NEW, "float32", 3)
     assert found.kept_bytes == counted.total
+    assert counted.second_copies == 0
     assert found.peak_bytes <= counted.total + DRAW_BYTES
     assert found.largest_bytes < smallest(engine.shards.values())
+
+
+def test_building_an_engine_that_keeps_copies_of_two_others() -> None:
+    seating = Seating(NEW, tuple(range(NEW.world)), tuple(3 if rank in (0, 5) else None for rank in range(NEW.world)))
+    with recorded() as found:
+        engine = seated_engine(BUILT, NEW, 3, seating)
+    counted = rank_bytes(BUILT.model, NEW, "float32", 3, (0, 5))
+    assert sorted(engine.share.seconds.copies) == [0, 5]
+    assert found.kept_bytes == counted.total
+    assert found.peak_bytes <= counted.total + DRAW_BYTES
 
 
 @pytest.fixture(scope="module")

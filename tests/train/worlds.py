@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from concertina.config import Job, LayoutConfig
-from concertina.layout import Layout, kv_copies
+from concertina.layout import Layout, Seating, kv_copies
 from concertina.train.engine import Engine
 from tests.distributed import form, seat
 
@@ -125,8 +125,12 @@ def engine_on(job: Job, layout: Layout, rank: int, store: Any) -> Engine:
     return engine
 
 
-def seated_engine(job: Job, layout: Layout, rank: int) -> Engine:
-    """A rank's engine without its peers: it has all its state, and nobody to compute with."""
-    engine = unconfigured(job)
-    engine.configure(layout, rank, seat(layout, rank, kv_copies(job.model, layout.tp)))
+def seated_engine(job: Job, layout: Layout, rank: int, seating: Seating | None = None) -> Engine:
+    """A rank's engine without its peers: it has all its own state, and nobody to compute with. With a seating of the
+    layout it has copies of others, still to be filled."""
+    engine, groups = unconfigured(job), seat(layout, rank, kv_copies(job.model, layout.tp))
+    if seating is None:
+        engine.configure(layout, rank, groups)
+    else:
+        engine.adopt(engine.prepare(seating, rank, groups, "initial"))
     return engine

@@ -1,12 +1,13 @@
-"""How many bytes do weights, gradients and optimizer take on a rank? Those that the engine will allocate, no estimate.
+"""How many bytes does a rank's training state take, with what it keeps for others? What the engine will allocate.
 
 The table of shards says what is held, the plan of buckets what is reduced together, its slots what is updated here: the
-engine makes its tensors from the same three. Activations and the buffers of exchanges are not counted here.
+engine makes its tensors from the same three, its own and those that it keeps for other ranks. Activations and buffers
+that are there for the time of an exchange are not counted here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ _WEIGHT = {"float64": 8, "float32": 4, "bfloat16": 2}
 _WIDE = {"float64": 8, "float32": 4, "bfloat16": 4}
 """Of gradients, master weights and moments: at least fp32."""
 _SEGMENTS = 3  # master weight and both moments
+_RECEIVED = 1  # gradients come into a segment of their own
 _STEP_COUNTER = 4  # AdamW keeps one fp32 scalar a bucket
 
 
@@ -30,16 +32,18 @@ class RankBytes:
     """Bytes of a rank's training state by kind.
 
     `gradients`: of every bucket the buffer that is reduced, and the shard that comes out where its group has more than
-    one rank, padding included. `optimizer`: master weights, both moments, and AdamW's step counters.
+    one rank, padding included. `optimizer`: master weights, both moments, and AdamW's step counters. `second_copies`:
+    the same for every rank this one is second owner of, and the segments that their gradients are received in.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    second_copies: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.second_copies
 
     def to_json(self) -> dict[str, int]:
         """The kinds and their total."""
@@ -47,6 +51,7 @@ class RankBytes:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
+            "second_copies": self.second_copies,
             "total": self.total,
         }
 
@@ -61,20 +66,32 @@ class Extremes:
     least: RankBytes
 
 
-def rank_bytes(model: ModelConfig, layout: Layout, precision: Precision, rank: int) -> RankBytes:
-    """What `rank` allocates. Raises LayoutError for pp above 1: layers are not cut by stage yet."""
+def rank_bytes(
+    model: ModelConfig, layout: Layout, precision: Precision, rank: int, firsts: Sequence[int] = ()
+) -> RankBytes:
+    """What `rank` allocates that is second owner of the ranks `firsts` (`Seating.firsts`).
+
+    Raises LayoutError for pp above 1: layers are not cut by stage yet.
+    """
     if layout.pp > 1:
         raise LayoutError(
             f"layers are not cut over pp={layout.pp} stages yet, so no rank's bytes are known: set layout.pp to 1"
         )
     held = shards(model, layout, rank).values()
-    elements, buckets = _reduced(held, _group_sizes(model, layout))
-    wide = _WIDE[precision]
+    sizes, wide = _group_sizes(model, layout), _WIDE[precision]
+    elements, buckets = _reduced(held, sizes)
+    copies = [_reduced(shards(model, layout, first).values(), sizes)[1] for first in firsts]
     return RankBytes(
         weights=sum(shard.box.size for shard in held) * _WEIGHT[precision],
         gradients=elements * wide,
-        optimizer=sum(buckets) * wide * _SEGMENTS + len(buckets) * _STEP_COUNTER,
+        optimizer=_flat(buckets, wide, _SEGMENTS),
+        second_copies=sum(_flat(lengths, wide, _SEGMENTS + _RECEIVED) for lengths in copies),
     )
+
+
+def _flat(lengths: Sequence[int], wide: int, number: int) -> int:
+    """Bytes of so many segments of every bucket, and of AdamW's counters."""
+    return sum(lengths) * wide * number + len(lengths) * _STEP_COUNTER
 
 
 def _reduced(held: Iterable[Shard], sizes: Mapping[str, int]) -> tuple[int, list[int]]:
@@ -101,11 +118,16 @@ def _group_sizes(model: ModelConfig, layout: Layout) -> dict[str, int]:
 
 
 def extremes(model: ModelConfig, layout: Layout, precision: Precision) -> Extremes:
-    """The largest and the smallest rank, without asking all of them: only those that differ. Raises as `rank_bytes`."""
+    """The largest and the smallest rank, without asking all of them: only those that differ. Raises as `rank_bytes`.
+
+    Who is second owner of whom depends on nodes, which are not known here: in a world above 1 every rank is taken to
+    keep the copy of one rank that is like itself. On nodes of unequal size some keep none and others several.
+    """
     kinds: dict[tuple[int, int, int], int] = {}
     for rank in range(layout.world):
         kinds.setdefault(_kind(model, layout, rank), rank)
-    found = {rank: rank_bytes(model, layout, precision, rank) for rank in kinds.values()}
+    alone = layout.world == 1
+    found = {rank: rank_bytes(model, layout, precision, rank, () if alone else (rank,)) for rank in kinds.values()}
     largest = max(found, key=lambda rank: found[rank].total)
     smallest = min(found, key=lambda rank: found[rank].total)
     return Extremes(largest, found[largest], smallest, found[smallest])

@@ -15,6 +15,7 @@ drop alike is not counted yet.
                    reduce_scatter   the slices' outputs back; in the backward the two change places
     edp, dp_cp ..  reduce_scatter   gradients to the owners of pieces, in at least fp32 (ZeRO-1)
                    all_gather       updated weights
+    seconds        exchange         the summed gradients of own pieces, as wide, to the rank's second owner
     world          all_reduce       what the ranks of a step must agree on
 
 Sources: Korthikanti et al. 2022 (sequence parallelism), arXiv 2504.14960 (dispatcher), Rajbhandari et al. 2020 (ZeRO).
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 
 from concertina.config import ModelConfig, Precision
 from concertina.errors import ConfigError
-from concertina.layout import Axis, Layout, cut, kv_copies, plan_buckets, plan_slots, segment_length, shards
+from concertina.layout import Axis, Layout, cut, kv_copies, plan_buckets, plan_slots, segment_length, segments, shards
 
 __all__ = [
     "Counts",
@@ -38,6 +39,7 @@ __all__ = [
     "dispatch",
     "even_counts",
     "micro_batch",
+    "seconds",
     "step",
     "zero",
 ]
@@ -57,13 +59,14 @@ of experts."""
 
 @dataclass(frozen=True)
 class Sender:
-    """The rank whose bytes are counted, and what it computes with."""
+    """The rank whose bytes are counted, and what it computes with. `has_second`: another rank keeps its second copy."""
 
     model: ModelConfig
     layout: Layout
     rank: int
     precision: Precision = "float32"
     sequence_parallel: bool = True
+    has_second: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -101,7 +104,7 @@ def step(sender: Sender, length: int, micro_batches: Sequence[int], routing: Seq
     if sender.model.capacity.factor is not None:
         raise ConfigError("what ranks exchange to drop alike is not counted yet: leave model.capacity.factor out")
     computed = (micro_batch(sender, length, *each) for each in zip(micro_batches, routing, strict=True))
-    return _sum([*computed, zero(sender), agreement(sender)])
+    return _sum([*computed, zero(sender), seconds(sender), agreement(sender)])
 
 
 def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[Counts]) -> Traffic:
@@ -183,6 +186,14 @@ def zero(sender: Sender) -> Traffic:
         gradients, weights = others * length * sender.wide_bytes, others * length * sender.element_bytes
         parts.append({(group, "reduce_scatter"): gradients, (group, "all_gather"): weights})
     return _sum(parts)
+
+
+def seconds(sender: Sender) -> Traffic:
+    """Once a step: this rank's shard of every bucket's gradients to its second owner, padding included."""
+    if not sender.has_second:
+        return {}
+    held = segments(sender.model, sender.layout, sender.rank)
+    return {("seconds", "exchange"): sum(segment.length for segment in held) * sender.wide_bytes}
 
 
 def agreement(sender: Sender) -> Traffic:
