@@ -1,11 +1,12 @@
 """What does a node's agent do? It looks at this run's processes on its node and ends them: hung ranks on request, all
 of them when the coordinator has been gone for good.
 
-It holds a lease: the coordinator renews it, and when it runs out nothing of the run stays on the node.
+It hears when one of them dies, and says so. It holds a lease: the coordinator renews it, and when it runs out nothing of the run stays on the node.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -17,12 +18,17 @@ import psutil
 import ray
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
+from actors.assignment import bell_name
+from actors.coordinator import COORDINATOR
 from actors.strike import SIGNALS, end_node
 from concertina.elastic.chaos import Deed
 from concertina.elastic.waits import BOUNDS
+from infra.death_bell import DeathBell, is_supported
 from infra.processes import is_alive, start_time
 
 __all__ = ["NodeAgent", "Wards"]
+
+log = logging.getLogger("concertina.agent")
 
 _LOOK_S = 1.0
 
@@ -63,10 +69,12 @@ class Wards:
 
 
 class NodeAgent:
-    """The actor of one node in one run."""
+    """The actor of one node in one session of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: str = "") -> None:
+        self._session = session
         self._reservations: list[str] = []
+        self._heeded: set[int] = set()
         self._wards, self._coordinator = Wards(), Wards()
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
@@ -75,12 +83,30 @@ class NodeAgent:
         """Where this agent is."""
         return {"pid": os.getpid(), "address": ray.util.get_node_ip_address()}
 
-    def renew(self, pids: list[int], reservations: list[str], host: str = "", coordinator: int = 0) -> None:
-        """The coordinator lives, there and with that pid; these are its processes and placement groups on this node."""
-        self._wards.are(pids)
+    def renew(self, members: dict[int, int], reservations: list[str], host: str = "", coordinator: int = 0) -> None:
+        """The coordinator lives, there and with that pid; these are the pids of its members and its placement groups on
+        this node."""
+        self._wards.are(list(members.values()))
+        for member in members.keys() - self._heeded:
+            self._heed(member)
         self._reservations = reservations
         self._coordinator.are([coordinator] if host == socket.gethostname() else [])
         self._renewed = time.monotonic()
+
+    def _heed(self, member: int) -> None:
+        """Tell the coordinator when this member dies, which may be long before Ray and its peers can know."""
+        self._heeded.add(member)
+        if is_supported():
+            threading.Thread(target=self._listen, args=(member,), name=f"bell-{member}", daemon=True).start()
+
+    def _listen(self, member: int) -> None:
+        bell = DeathBell(bell_name(self._session, member))
+        while not bell.listen(_LOOK_S):
+            continue
+        try:
+            ray.get_actor(COORDINATOR, ray.get_runtime_context().namespace).mourn.remote(member)
+        except ValueError:
+            log.debug("member %d has ended, and there is no coordinator to tell", member)
 
     def stopped(self, pid: int) -> bool:
         """Whether a process stands still (SIGSTOP, a debugger): proof, where its silence is only suspicion."""

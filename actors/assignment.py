@@ -8,12 +8,17 @@ from pathlib import Path
 from concertina.config import Job
 from concertina.layout import Layout
 
-__all__ = ["Assignment", "RunPlan", "agent_name", "member_name"]
+__all__ = ["Assignment", "RunPlan", "agent_name", "bell_name", "member_name"]
 
 
 def member_name(session: str, member: int) -> str:
     """Of its actor, in the run's namespace."""
     return f"member-{session}-{member}"
+
+
+def bell_name(session: str, member: int) -> str:
+    """Of the bell that rings when its process dies (`infra/death_bell.py`), on its node."""
+    return f"concertina-{session}-{member}"
 
 
 def agent_name(session: str, node_id: str) -> str:

@@ -127,6 +127,11 @@ class Conductor:
         log.info("the connection of member %d broke: %s", member, evidence)
         self._wake.set()
 
+    def mourn(self, member: int) -> None:
+        """A member's process has died; any thread may say so."""
+        self.evidence.dead.add(member)
+        self._wake.set()
+
     # -- the one thread -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:

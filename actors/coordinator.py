@@ -70,6 +70,11 @@ class Coordinator:
             return status
         return Status(status.state, self._error.message, self._error.exit_code, status.step, "", self._over)
 
+    def mourn(self, member: int) -> None:
+        """The agent of its node knows that this member's process has died."""
+        if self._conductor is not None:
+            self._conductor.mourn(member)
+
     def leave(self) -> None:
         """The driver has seen the end; nothing keeps the coordinator."""
         self.wishes.left.set()

@@ -1,6 +1,6 @@
 """Something is wrong with a member: is it gone, frozen, cut off, or only slow?
 
-Proof comes from Ray (a process has ended) and from agents (a process stands still). A broken connection counts at once
+Proof comes from Ray (a process has ended) and from agents (a process dies, or stands still). A broken connection counts at once
 when peers complain, and after a while when they do not: it may be made again. Silence counts when the world makes no
 step meanwhile: a member that is only slow is waited for by peers that go on.
 """
@@ -19,12 +19,15 @@ __all__ = ["Evidence"]
 
 log = logging.getLogger("concertina.coordinator")
 
+_DIED = "its process died (SIGKILL, out of memory, or a crash)"
+
 
 class Evidence:
     """Looks at every member each turn, and says which are lost."""
 
     def __init__(self, hands: Hands, server: ChannelServer) -> None:
         self.hands, self.server = hands, server
+        self.dead: set[int] = set()  # as agents say; any thread adds to it
         self._away: dict[int, float] = {}
         self._step, self._stepped = -1, time.monotonic()
 
@@ -37,6 +40,9 @@ class Evidence:
         """Members that are lost, by what is known now. `complaining`: some have lost the network to their peers."""
         losses = [self._loss(member, reason, why) for member, (reason, why) in self.hands.gone().items()]
         found = {loss.member for loss in losses}
+        died = (self.dead & self.hands.members.keys()) - found
+        losses += [self._loss(member, Reason.KILLED, _DIED) for member in sorted(died)]
+        found |= died
         silences = self.server.silences()
         self._see_progress(silences)
         for member in list(self.hands.members.values()):

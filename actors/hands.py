@@ -136,7 +136,7 @@ class Hands:
         agent = ray.remote(NodeAgent).options(
             name=self._agent(node_id), num_cpus=0, max_concurrency=4, scheduling_strategy=beside, **common
         )
-        self.agents[node_id] = agent.remote()
+        self.agents[node_id] = agent.remote(self.plan.session)
 
     def _start_member(self, reservation: Reservation) -> None:
         number = self.next_member
@@ -256,7 +256,8 @@ class Hands:
         """Tell every agent that the coordinator lives. Does not wait."""
         for node_id, agent in self.agents.items():
             names = [reservation.name for reservation in self.reservations if reservation.node_id == node_id]
-            agent.renew.remote(self._pids(node_id), names, socket.gethostname(), os.getpid())
+            members = {m.number: m.pid for m in self.members.values() if m.node_id == node_id and m.pid}
+            agent.renew.remote(members, names, socket.gethostname(), os.getpid())
 
     def _pids(self, node_id: str) -> list[int]:
         return [m.pid for m in self.members.values() if m.node_id == node_id and m.pid]

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import torch
 
-from actors.assignment import Assignment
+from actors.assignment import Assignment, bell_name
 from actors.link import RankLink
 from actors.rank_log import open_member_log
 from actors.strike import Fuse, end_node, strike_self
@@ -23,6 +23,7 @@ from actors.trainer import Trainer
 from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.chaos import Deed, Kind
 from concertina.elastic.waits import BOUNDS
+from infra.death_bell import DeathBell, is_supported
 
 __all__ = ["Rank"]
 
@@ -45,6 +46,7 @@ class Rank:
         self._trainer = Trainer(seat, self._link, ray.util.get_node_ip_address())
         self._client.start(self._trainer.hear)
         self._trainer.start()
+        self._bell = DeathBell(bell_name(plan.session, seat.member))
         threading.Thread(target=self._guard, name="guard", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
@@ -78,7 +80,8 @@ class Rank:
 
     def _guard(self) -> None:
         """A detached actor must not stay for ever: leave when the run goes on without this member, and when no
-        coordinator is heard any more."""
+        coordinator is heard any more. It is this thread that the bell hangs on."""
+        self._hang_bell()
         alone_s = BOUNDS["coordinator_silence"].seconds
         while not self._client.is_expelled:
             working = self._trainer.at_work_in >= 0
@@ -87,4 +90,12 @@ class Rank:
                 break
             time.sleep(_GUARD_S)
         log.warning("leaves: %s", "the run goes on without it" if self._client.is_expelled else "no coordinator")
+        self._bell.take_down()
         os._exit(0)
+
+    def _hang_bell(self) -> None:
+        try:
+            if is_supported():
+                self._bell.hang()
+        except OSError as error:
+            log.warning("no bell: a kill of this process is known when its sockets close: %s", error)

@@ -113,7 +113,8 @@ class _Stream:
 
     def count(self, piece: _Piece, flat: Tensor) -> None:
         """Take a piece that lies in `flat` into the checksum: its bits, its place in the stream, and what it is."""
-        bits = int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
+        integers = _INTEGERS[flat.element_size()]
+        bits = int(flat.view(integers).sum(dtype=integers))  # wraps around: no wider sum is as fast
         self.checksum = (self.checksum * _FACTOR + piece.key + bits) % _MODULUS
 
 
