@@ -1,7 +1,7 @@
 """What does a node's agent do? It looks at this run's processes on its node and ends them: hung ranks on request, all
-of them when the coordinator has been gone for good.
+of them when the coordinator has been gone for good. It hears when one of them dies, and says so.
 
-It hears when one of them dies, and says so. It holds a lease: the coordinator renews it, and when it runs out nothing of the run stays on the node.
+It holds a lease: the coordinator renews it, and when it runs out nothing of the run stays on the node.
 """
 
 from __future__ import annotations

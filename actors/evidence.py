@@ -1,8 +1,8 @@
 """Something is wrong with a member: is it gone, frozen, cut off, or only slow?
 
-Proof comes from Ray (a process has ended) and from agents (a process dies, or stands still). A broken connection counts at once
-when peers complain, and after a while when they do not: it may be made again. Silence counts when the world makes no
-step meanwhile: a member that is only slow is waited for by peers that go on.
+Proof comes from Ray (a process has ended) and from agents (a process dies, or stands still). A broken connection counts
+at once when peers complain, and after a while when they do not: it may be made again. Silence counts when the world
+makes no step meanwhile: a member that is only slow is waited for by peers that go on.
 """
 
 from __future__ import annotations

@@ -72,5 +72,9 @@ class RankLink:
         if phase != self._phase:
             self._phase = phase
             log.info("%s", phase)
+        self.check()
+
+    def check(self) -> None:
+        """Raises Overtaken when a newer generation has begun."""
         if self.overtaken:
             raise Overtaken

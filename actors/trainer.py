@@ -55,6 +55,7 @@ class Trainer:
         self.seat, self.link, self.hostname = seat, link, hostname
         plan = seat.plan
         self.engine = build_engine(plan.job, plan.corpus, torch.device(plan.device))
+        self.engine.check = link.check
         self.loop = Loop(self.engine, plan.checkpoints, link)
         self.at_work_in = -1  # the generation it has adopted and not left
         self._halted_by = -1  # the newest HALT

@@ -40,12 +40,18 @@ def make_buckets(
 class GradientReducer:
     """Takes gradients off the parameters as autograd makes them; sums a bucket as soon as its last one is there.
 
-    `owed` says of a parameter whether a part of its gradient is still to come.
+    `owed` says of a parameter whether a part of its gradient is still to come. `check` is called with every gradient,
+    and raises when the step is not to be finished.
     """
 
-    def __init__(self, buckets: list[Bucket], owed: Callable[[Tensor], bool] = lambda _: False) -> None:
+    def __init__(
+        self,
+        buckets: list[Bucket],
+        owed: Callable[[Tensor], bool] = lambda _: False,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.buckets = buckets
-        self._owed = owed
+        self._owed, self._check = owed, check
         self._missing: list[set[str]] = []
         self._started = 0
         self._last = False
@@ -63,6 +69,7 @@ class GradientReducer:
 
     def take(self, index: int, name: str, parameter: Tensor) -> None:
         """Take what autograd has added up in `parameter`, bucket `index`'s, and start what is complete."""
+        self._check()
         owed = self._owed(parameter)
         if owed and parameter.grad is None:
             return  # autograd calls also where all that came is deferred

@@ -77,6 +77,7 @@ class Engine:
         self.watch = AnomalyWatch(job.training.anomaly)
         self.applied = 0
         self.tokens = 0
+        self.check: Callable[[], None] = lambda: None  # raises when a step is not to be finished; holds no share
         self.last_totals: tuple[int, list[float]] | None = None
         self.last_result: StepResult | None = None
         self._share: Share | None = None
@@ -90,7 +91,7 @@ class Engine:
         With values "initial" it has the start values of training, and its second copies are still to be filled.
         """
         assert groups.rank == rank, "groups were formed for another rank"
-        return Share(self.job, seating, groups, values, self.device)
+        return Share(self.job, seating, groups, values, self.device, self.check)
 
     def adopt(self, share: Share | None, publish: bool = True) -> None:
         """Go on with `share` (None: as a spare, with nothing), and let go of the one before. Collective over the world

@@ -7,7 +7,9 @@ but the engine, so that it is gone, with its groups and their threads, when the 
 from __future__ import annotations
 
 import weakref
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,10 +34,25 @@ Values = Literal["initial", "empty"]
 """What a share begins with: the start values of training, or memory that state is moved into."""
 
 
+def _come_to(optimizer: ShardedAdamW, check: Callable[[], None], part: Part, _: Any) -> None:
+    """A forward comes to a part of the model: its weights must be there."""
+    check()
+    optimizer.arrive(part.made.values())
+
+
 class Share:
     """One rank's share of a seating. No collective makes it; the groups must be formed."""
 
-    def __init__(self, job: Job, seating: Seating, groups: Groups, values: Values, device: torch.device) -> None:
+    def __init__(
+        self,
+        job: Job,
+        seating: Seating,
+        groups: Groups,
+        values: Values,
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` is called all along a step, and raises when it is not to be finished."""
         layout, rank = seating.layout, groups.rank
         sharers = layout.neighbours_of(rank, kv_copies(job.model, layout.tp))
         assert groups.layout == layout, "groups were formed for another layout"
@@ -50,7 +67,7 @@ class Share:
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)
         self.deferred = DeferredGradients()  # empty unless a step is computed inside `deferring`
-        self.reducer = GradientReducer(buckets, self.deferred.owes)
+        self.reducer = GradientReducer(buckets, self.deferred.owes, check)
         self.optimizer = ShardedAdamW(self.reducer.buckets, training, initial)
         self.seconds = SecondCopies(job, seating, rank, groups, buckets[0].shard)
         self.filled, self.weights_due = initial, not initial
@@ -58,7 +75,7 @@ class Share:
         optimizer = weakref.proxy(self.optimizer)  # hooks hold nothing that would hold this share
         for part in self.decoder.modules():
             if isinstance(part, Part) and part.made:
-                part.register_forward_pre_hook(lambda part, _: optimizer.arrive(part.made.values()))
+                part.register_forward_pre_hook(partial(_come_to, optimizer, check))
 
     def holdings(self) -> Holdings:
         """Every piece of the optimizer's state that has a place here, own ones first, then those kept for others."""
@@ -81,6 +98,15 @@ class Share:
         if self._alike is not None:
             return self._alike
         return {f"buffer/{name}": bias for name, bias in self.decoder.router_biases().items()}
+
+    def touch(self) -> None:
+        """Write to all memory once, before it matters: pages are given out one by one when they are written to."""
+        with torch.no_grad():
+            held = [tensor for boxes in self.holdings().values() for _, views in boxes for tensor in views]
+            buffers = [tensor for bucket in self.reducer.buckets for tensor in (bucket.grads, bucket.shard)]
+            received = [tensor for theirs in self.seconds.received.values() for tensor in theirs]
+            for tensor in (*self.decoder.parameters(), *held, *buffers, *received):
+                tensor.zero_()
 
     def strip(self) -> None:
         """Keep the optimizer's state alone, which others may still want: weights, gradients and their buffers go, so
