@@ -19,7 +19,7 @@ from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.evidence import Evidence
-from actors.hands import Hands, sweep
+from actors.hands import Hands, Member, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
 from actors.recruiter import Recruiter
@@ -204,6 +204,10 @@ class Conductor:
             log.warning("%s is lost", loss)
             self.server.expel(loss.member)
             self.recruiter.blame(loss)
+            if loss.reason is Reason.KILLED:  # its node lives
+                heir = self.hands.promote(loss.member)
+                if heir is not None:
+                    self._welcome(heir)
         self.regrouping.lose(losses)  # who is left is told before anything is tidied up
         self.accounting.lose(losses)
         for loss in losses:
@@ -235,14 +239,19 @@ class Conductor:
             self.recruiter.look()
         born = self.hands.born()
         for member in born:
-            self.journal.pids[member.number], self.journal.nodes[member.number] = member.pid, member.node_id
-            self.journal.next_member = self.hands.next_member
-            self.journal.write()
-            self.regrouping.arrive(member.number, member.node_id)
+            if member.number in self.hands.members:
+                self._welcome(member)
+                self.journal.write()
         if born:
             self.hands.renew_leases()  # an agent ends nobody it was not told of
         self.accounting.look()
         self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
+
+    def _welcome(self, member: Member) -> None:
+        """It can be seated from now on."""
+        self.journal.pids[member.number], self.journal.nodes[member.number] = member.pid, member.node_id
+        self.journal.next_member = self.hands.next_member
+        self.regrouping.arrive(member.number, member.node_id)
 
     def _look_at_shortage(self) -> None:
         """Say what is waited for, and give up after the job's bound."""

@@ -80,6 +80,7 @@ class Hands:
         self.plan, self.channel = plan, channel
         self.next_member = next_member
         self.members: dict[int, Member] = {}
+        self.standbys: dict[int, Member] = {}  # processes that could be members at once, and have no room of their own
         self.agents: dict[str, Any] = {}
         self.reservations: list[Reservation] = []
         cluster = plan.job.cluster
@@ -128,6 +129,31 @@ class Hands:
                 for _ in range(min(reservation.free, most - len(self.members))):
                     self._start_member(reservation)
 
+    def keep_standbys(self, barred: set[str]) -> None:
+        """As many as the job wants on every node that runs members, once these are there."""
+        for number in [number for number, end in self._ended(self.standbys).items() if end is not None]:
+            log.info("standby %d has ended", number)
+            del self.standbys[number]
+        if "GPU" in self.bundle or any(not member.pid for member in self.members.values()):
+            return  # a process sees the GPUs of the room it was started in
+        per_node = self.plan.job.elastic.standbys_per_node
+        for node_id in {m.node_id for m in self.members.values()} - barred:
+            there = sum(standby.node_id == node_id for standby in self.standbys.values())
+            for _ in range(per_node - there):
+                beside = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                self._start(self.standbys, node_id, num_cpus=0, scheduling_strategy=beside)
+
+    def promote(self, number: int) -> Member | None:
+        """A standby beside this member, which is lost, takes its room; None where there is none."""
+        node_id = self.members[number].node_id
+        heir = next((s for s in self.standbys.values() if s.node_id == node_id and s.pid), None)
+        if heir is not None and node_id in self.agents:
+            self.members[heir.number] = self.standbys.pop(heir.number)
+            for reservation in self.reservations:
+                if number in reservation.held:
+                    reservation.held ^= {number, heir.number}
+        return heir
+
     def _start_agent(self, node_id: str) -> None:
         if node_id in self.agents:
             return
@@ -139,21 +165,25 @@ class Hands:
         self.agents[node_id] = agent.remote(self.plan.session)
 
     def _start_member(self, reservation: Reservation) -> None:
+        reservation.held.add(self.next_member)
+        inside = PlacementGroupSchedulingStrategy(reservation.group, placement_group_bundle_index=-1)
+        cpus, gpus = self.bundle["CPU"], self.bundle.get("GPU", 0)
+        room = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": inside}
+        self._start(self.members, reservation.node_id, **room)
+
+    def _start(self, into: dict[int, Member], node_id: str, **room: Any) -> None:
         number = self.next_member
         self.next_member += 1
-        reservation.held.add(number)
         actor = ray.remote(Rank).options(
             name=self._member(number),
             namespace=self.plan.namespace,
             lifetime="detached",
             max_restarts=0,
-            num_cpus=self.bundle["CPU"],
-            num_gpus=self.bundle.get("GPU", 0),
             max_concurrency=16,  # `until_end` of every coordinator there was, and the short ones
-            scheduling_strategy=PlacementGroupSchedulingStrategy(reservation.group, placement_group_bundle_index=-1),
+            **room,
         )
         handle = actor.remote(Assignment(self.plan, number, self.channel))
-        self.members[number] = Member(number, reservation.node_id, handle).call()
+        into[number] = Member(number, node_id, handle).call()
 
     def adopt(self, pids: dict[int, int], nodes: dict[int, str]) -> dict[int, Any]:
         """Take over what an earlier coordinator of this session made, and tell it the new channel. Members that are
@@ -218,8 +248,8 @@ class Hands:
     # -- what is known of the members, without waiting ----------------------------------------------------------------
 
     def born(self) -> list[Member]:
-        """Members that have just said where they are."""
-        waiting = {member.facts: member for member in self.members.values() if not member.pid}
+        """Members and standbys that have just said where they are."""
+        waiting = {member.facts: member for member in self._all() if not member.pid}
         found = []
         for answer in _ready(list(waiting)):
             try:
@@ -231,8 +261,11 @@ class Hands:
 
     def gone(self) -> dict[int, tuple[Reason, str]]:
         """Members whose process has ended, and what Ray knows of it."""
+        return self._ended(self.members)
+
+    def _ended(self, some: dict[int, Member]) -> dict[int, tuple[Reason, str]]:
         found = {}
-        calls = {member.end: member for member in self.members.values()}
+        calls = {member.end: member for member in some.values()}
         for call in _ready(list(calls)):
             member = calls[call]
             try:
@@ -256,11 +289,14 @@ class Hands:
         """Tell every agent that the coordinator lives. Does not wait."""
         for node_id, agent in self.agents.items():
             names = [reservation.name for reservation in self.reservations if reservation.node_id == node_id]
-            members = {m.number: m.pid for m in self.members.values() if m.node_id == node_id and m.pid}
+            members = {m.number: m.pid for m in self._all() if m.node_id == node_id and m.pid}
             agent.renew.remote(members, names, socket.gethostname(), os.getpid())
 
     def _pids(self, node_id: str) -> list[int]:
-        return [m.pid for m in self.members.values() if m.node_id == node_id and m.pid]
+        return [m.pid for m in self._all() if m.node_id == node_id and m.pid]
+
+    def _all(self) -> list[Member]:
+        return [*self.members.values(), *self.standbys.values()]
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -293,11 +329,11 @@ class Hands:
         endings = [agent.end.remote(self._pids(node_id)) for node_id, agent in self.agents.items()]
         if endings:
             ray.wait(endings, num_returns=len(endings), timeout=BOUNDS["ask_ray"].seconds)
-        for handle in [*(member.actor for member in self.members.values()), *self.agents.values()]:
+        for handle in [*(member.actor for member in self._all()), *self.agents.values()]:
             ray.kill(handle, no_restart=True)
         for reservation in list(self.reservations):
             self.release(reservation)
-        self.members, self.agents = {}, {}
+        self.members, self.standbys, self.agents = {}, {}, {}
 
 
 def sweep(namespace: str) -> None:

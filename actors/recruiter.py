@@ -69,6 +69,7 @@ class Recruiter:
         self.hands.settle()
         barred = self.barred
         self.hands.fill(barred, self.wanted)
+        self.hands.keep_standbys(barred)
         self._give_up_unborn(now)
         missing = self.wanted - self.hands.room
         if missing <= 0 and not barred:

@@ -48,6 +48,7 @@ class Change:
     before: Seating | None
     began_s: float = field(default_factory=time.monotonic)
     halted_s: float = 0.0
+    completed: int = 0
     formed: dict[int, Formed] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
@@ -259,6 +260,8 @@ class Regrouping:
         change = self._change
         if change is not None:
             change.halted_s, change.step = time.monotonic(), order.move.step
+            reports = self.generations.reports.values()
+            change.completed = int(any(r.pending == order.move.step and r.step < order.move.step for r in reports))
         self._write_journal()  # before anybody can have adopted it
         saved = max(self.book.newest_checkpoint(), self.plan.resume_step)
         evaluated = max(order.move.evaluated, self.plan.resume_step if order.move.source is None else 0)
@@ -320,7 +323,9 @@ class Regrouping:
             world_before=change.before.layout.world if change.before is not None else 0,
             world_after=layout.world,
             step=step,
-            stall_s=now - change.began_s,
+            stall_s=now - (min(loss.since_s for loss in change.losses) if change.losses else change.halted_s),
+            detected_s=max(0.0, change.began_s - min((loss.since_s for loss in change.losses), default=change.began_s)),
+            steps_completed=change.completed,
             phases={
                 "halt_s": change.halted_s - change.began_s,
                 "prepare_s": prepare_s,

@@ -1,4 +1,4 @@
-"""python -m benchmarks.recovery -o FILE: how long does each trainer stand still on the same faults, with the same model?
+"""python -m benchmarks.recovery -o FILE: how long does each trainer stand still on the same faults, same model?
 
 Concertina, Ray Train (elastic, its dials tuned) and torchft (tuned; data parallel, a killed process) one after the
 other on this machine. torchft needs the extra: pip install -c constraints.txt -e '.[bench]'.

@@ -378,6 +378,9 @@ class ElasticConfig(Section):
     spares: NonNegative = 0
     """Members beyond cluster.num_workers that are kept hot: started, connected, without a rank. They cost as much as
     ranks do, so there are none unless asked for."""
+    standbys_per_node: NonNegative = 0
+    """Processes kept ready on each node, imported and connected, which take the room of one that dies there at once:
+    each costs its memory, and no CPU or GPU. Of use on CPUs only, so far: on a GPU there is none in them yet."""
     rejoin_after_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds for which a node in quarantine is given no member: longer than a node takes that restarts in a loop."""
     max_losses_per_node: Positive = 3
