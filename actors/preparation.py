@@ -83,10 +83,6 @@ class Preparation:
             self.groups = form_groups(self.seating.layout, self.rank, store, self._options, lanes, self.wires)
         if self._early:
             self.make_share()
-            if self.share is not None:
-                if not self.fresh:
-                    self.share.touch()
-                self.share.reserve()
 
     def start_values(self) -> None:
         """Another share, with the start values of training: what was to be moved in is nowhere. No collective."""

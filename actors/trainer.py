@@ -38,8 +38,10 @@ from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
 from concertina.layout import Seating
 from concertina.layout.reshard import plan_moves
+from concertina.model.host_memory import take_ahead
 from concertina.parallel.failures import in_one_line, is_communication_failure, is_hardware_failure
 from concertina.parallel.groups import GroupOptions
+from concertina.planner.memory import rank_bytes
 from concertina.train.loop import Loop, Overtaken
 from concertina.train.standalone import build_engine
 
@@ -56,6 +58,7 @@ class Trainer:
         plan = seat.plan
         self.engine = build_engine(plan.job, plan.corpus, torch.device(plan.device))
         self.engine.check = link.check
+        self._take_memory_ahead()
         self.loop = Loop(self.engine, plan.checkpoints, link)
         self.at_work_in = -1  # the generation it has adopted and not left
         self._halted_by = -1  # the newest HALT
@@ -65,6 +68,13 @@ class Trainer:
         self._current: Preparation | None = None  # whose share the engine has
         self._orders: queue.SimpleQueue[Halt | Move] = queue.SimpleQueue()
         self._last_word: dict[str, Any] | None = None
+
+    def _take_memory_ahead(self) -> None:
+        """Twice what a rank of the whole world takes: old and new state are there at a time while seats change, and
+        gloo sums in a copy of the gradients."""
+        plan = self.seat.plan
+        if plan.device == "cpu":
+            take_ahead(2 * rank_bytes(plan.job.model, plan.layout, plan.job.training.precision, 0, firsts=(0,)).total)
 
     def start(self) -> None:
         threading.Thread(target=self._obey, name="train", daemon=True).start()

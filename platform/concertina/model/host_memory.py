@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["keep_freed_memory"]
+import torch
+
+__all__ = ["keep_freed_memory", "take_ahead"]
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -27,3 +29,9 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def take_ahead(num_bytes: int) -> None:
+    """Have the process own so much memory that is free, after `keep_freed_memory`: the kernel clears pages when they
+    are first written to, one by one, and others would wait for it in the first steps and while ranks change seats."""
+    torch.empty(num_bytes, dtype=torch.uint8).zero_()

@@ -58,7 +58,6 @@ class Share:
         assert groups.layout == layout, "groups were formed for another layout"
         assert groups[KV].ranks == sharers, "groups were formed for another number of lanes of a key-value head"
         self.job, self.seating, self.layout, self.rank, self.groups = job, seating, layout, rank, groups
-        self._device = device
         training, initial = job.training, values == "initial"
         sequence_parallel = job.layout.sequence_parallel
         self.decoder = Decoder(
@@ -99,27 +98,6 @@ class Share:
         if self._alike is not None:
             return self._alike
         return {f"buffer/{name}": bias for name, bias in self.decoder.router_biases().items()}
-
-    def touch(self) -> None:
-        """Write to all memory of this share once, before it matters: pages are given out one by one when they are
-        written to, which takes as long as a step. What is in it is lost."""
-        with torch.no_grad():
-            for tensor in (*self.decoder.parameters(), *self._state(), *self._buffers()):
-                tensor.zero_()
-
-    def reserve(self) -> None:
-        """Have the process own, on a CPU, the memory that collectives and the next change of seats will want: gloo sums
-        in a copy and receives into another, and old and new state are there at a time."""
-        if self._device.type == "cpu":
-            wanted = 2 * sum(x.nbytes for x in self._buffers()) + sum(x.nbytes for x in self._state())
-            torch.empty(wanted, dtype=torch.uint8).zero_()  # and freed: `keep_freed_memory` keeps it
-
-    def _state(self) -> list[Tensor]:
-        return [tensor for boxes in self.holdings().values() for _, views in boxes for tensor in views]
-
-    def _buffers(self) -> list[Tensor]:
-        received = [tensor for theirs in self.seconds.received.values() for tensor in theirs]
-        return [*(tensor for bucket in self.reducer.buckets for tensor in (bucket.grads, bucket.shard)), *received]
 
     def strip(self) -> None:
         """Keep the optimizer's state alone, which others may still want: weights, gradients and their buffers go, so
