@@ -61,7 +61,7 @@ def test_killed_driver_the_coordinator_stops_with_a_checkpoint(start: Start, not
     drive.process.kill()
     wait_until(lambda: drive.states()[-1] == "stopped", 60)
     nothing_left(drive)
-    assert drive.events()[-1].data["reason"] == "the driver is gone"
+    assert drive.events(EventType.STATE)[-1].data["reason"] == "the driver is gone"
     assert newest(drive) == list(drive.steps())[-1]
     assert in_mlflow(drive) == "KILLED"
 
