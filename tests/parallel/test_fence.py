@@ -235,7 +235,7 @@ def check(found: list[dict[str, Any]]) -> None:
 OPEN = pytest.mark.xfail(
     run=False,
     reason="open: with megabytes under way a rank may not be woken by its fence, and waits for gloo's own timeout; "
-    "the coordinator gives such a member up after `halt`",
+    "the others wait for it that long",
 )
 
 
