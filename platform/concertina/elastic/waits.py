@@ -42,9 +42,9 @@ _TABLE = [
     Bound("placement_group", "coordinator", 10, "the reservation is given back and tried again"),
     Bound("member_start", "coordinator", 120, "a member that is not there by then is given up"),
     Bound("gather", "coordinator", 20, "the run begins, or grows, with the members that are there"),
-    Bound("collective", "rank", 60, "the collective raises and the rank reports it"),
+    Bound("collective", "rank", 120, "the collective raises and the rank reports it"),
     # A generation
-    Bound("halt", "coordinator", 70, "members that have not halted are given up"),
+    Bound("halt", "coordinator", 130, "members that have not halted are given up"),
     Bound("prepare", "coordinator", 30, "members that are not prepared are given up"),
     Bound("form", "coordinator", 60, "members that have not formed are given up"),
     Bound("complaint", "coordinator", 3, "members that lost their peers, none of which is lost, form anew"),
