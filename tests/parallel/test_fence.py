@@ -232,14 +232,7 @@ def check(found: list[dict[str, Any]]) -> None:
             assert case["zombie"] in ("broken refused", "done"), case
 
 
-OPEN = pytest.mark.xfail(
-    run=False,
-    reason="open: with megabytes under way a rank may not be woken by its fence, and waits for gloo's own timeout; "
-    "the others wait for it that long",
-)
-
-
-@pytest.mark.parametrize("size", [*SIZES[:2], *(pytest.param(size, marks=OPEN) for size in SIZES[2:])])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_thawed_peer_changes_no_byte(size: int) -> None:
     for found in run_distributed(cases, WORLD, seeded(size, SEEDS), True, timeout_s=100)[:VICTIM]:
         assert len(found) == len(SEEDS) * len(KINDS)

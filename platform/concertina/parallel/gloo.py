@@ -43,7 +43,7 @@ def form_gloo(places: list[Place], call: Call) -> list[Any]:
     """A backend for each place. Every rank of every group must call it with the same key.
 
     Raises torch's DistError or gloo's RuntimeError when a peer does not come, dies, or the wires are cut meanwhile:
-    then within 50 ms, and nothing of it is left.
+    then soon (mostly within 130 ms), and nothing of it is left.
     """
     if not places:
         return []

@@ -157,7 +157,8 @@ def form_groups(
 
     `lanes_of_kv_head`: how many lanes of tp share a key-value head (`layout.kv_copies`). After it returns nothing
     touches the store. Names of groups carry the generation, so that an older rank cannot join a newer group.
-    `wires`: who holds them can fence what is being formed, from another thread; then this raises within 50 ms.
+    `wires`: who holds them can fence what is being formed, from another thread; then this raises soon, mostly within
+    130 ms.
     """
     world = tuple(range(layout.world))
     members = {"world": world, SECONDS: world}
