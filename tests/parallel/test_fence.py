@@ -136,10 +136,12 @@ def outcome(pending: Pending[Any]) -> str:
 
 
 def frozen_rank(play: Play, kind: str, size: int, delay_s: float | None) -> None:
-    """Freeze right before the communication, or some time after it began; woken, go on as if nothing had been."""
+    """Freeze right before the communication, or some time after it began; woken, go on as if nothing had been, until
+    the supervisor hears of it."""
     play.say("pid", str(os.getpid()))
     play.number += 1
     groups = play.form(WORLD)
+    threading.Thread(target=fence_later, args=(play.store, f"woken/{play.number}/0", groups)).start()
     play.meet("formed", range(WORLD))
     x, out = memory(size, VICTIM)
     if delay_s is None:
@@ -155,6 +157,13 @@ def frozen_rank(play: Play, kind: str, size: int, delay_s: float | None) -> None
         except RuntimeError as error:
             said += " refused" if is_communication_failure(error) else repr(error)
     play.say("ended", said)
+
+
+def fence_later(store: Any, woken: str, groups: Groups) -> None:
+    """The supervisor of a rank that was frozen hears a little after it has woken that the others went on."""
+    until(lambda: store.check([woken]))
+    time.sleep(0.1)
+    groups.fence()
 
 
 def attempt(start: Callable[[], Pending[Any]]) -> str:

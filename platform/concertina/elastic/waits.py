@@ -44,7 +44,7 @@ _TABLE = [
     Bound("gather", "coordinator", 20, "the run begins, or grows, with the members that are there"),
     Bound("collective", "rank", 120, "the collective raises and the rank reports it"),
     # A generation
-    Bound("halt", "coordinator", 130, "members that have not halted are given up"),
+    Bound("halt", "coordinator", 20, "members that have not halted are given up"),
     Bound("prepare", "coordinator", 30, "members that are not prepared are given up"),
     Bound("form", "coordinator", 60, "members that have not formed are given up"),
     Bound("complaint", "coordinator", 3, "members that lost their peers, none of which is lost, form anew"),
@@ -96,8 +96,7 @@ ORDER = [
         "coordinator_silence", ("channel_unanswered",), "a broken connection is replaced before its rank gives up"
     ),
     Outlasts("coordinator_silence", ("coordinator_frozen",), "a frozen coordinator is replaced before ranks give up"),
-    Outlasts("collective", ("silence_busy",), "a member that hangs is given up before the collective's end"),
-    Outlasts("halt", ("collective",), "a rank that its fence does not wake is woken by gloo, and not given up"),
+    Outlasts("collective", ("silence_busy", "halt"), "a member that hangs is given up before the collective's end"),
     Outlasts("cut_off_alone", ("channel_connect",), "one missed attempt is no loss"),
     Outlasts("complaint", ("silence", "cut_off"), "a loss is found before its peers form anew without one"),
     Outlasts("silence_busy", ("silence",), "who is busy has more time"),

@@ -7,7 +7,6 @@ Shapes: R rows sent, Q rows received, D width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from concertina.parallel.groups import Group
-from concertina.parallel.trace import Kind, Tap
+from concertina.parallel.trace import Kind
+from concertina.parallel.underway import Several, Underway
 
 __all__ = [
     "Pending",
@@ -52,7 +52,7 @@ class Pending(Generic[T]):
         return finish()
 
 
-def _after(work: Any, result: Tensor) -> Pending[Tensor]:
+def _after(work: Underway, result: Tensor) -> Pending[Tensor]:
     def finish() -> Tensor:
         work.wait()
         return result
@@ -60,27 +60,10 @@ def _after(work: Any, result: Tensor) -> Pending[Tensor]:
     return Pending(finish)
 
 
-def _issue(group: Group, kind: Kind, sent_bytes: int, start: Callable[[], Any]) -> Any:
-    """Hand a communication that takes `sent_bytes` from this rank over to the backend; the work to wait for."""
+def _issue(group: Group, kind: Kind, sent_bytes: int, start: Callable[[], Any]) -> Underway:
+    """Hand a communication that takes `sent_bytes` from this rank over to the backend."""
     trace = group.tap.trace
-    work = start() if trace is None else trace.follow(group.name, kind, sent_bytes, start)
-    return _Timed(work, group.tap)
-
-
-class _Timed:
-    """A work whose waiting is counted."""
-
-    __slots__ = ("_tap", "_work")
-
-    def __init__(self, work: Any, tap: Tap) -> None:
-        self._work, self._tap = work, tap
-
-    def wait(self) -> None:
-        began = time.perf_counter()
-        try:
-            self._work.wait()
-        finally:
-            self._tap.waited_s += time.perf_counter() - began
+    return Underway(start() if trace is None else trace.follow(group.name, kind, sent_bytes, start), group)
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Pending[Tensor]:
@@ -114,7 +97,18 @@ def reduce_scatter_sum(out: Tensor, x: Tensor, group: Group) -> Pending[Tensor]:
     if group.size == 1:
         return Pending(lambda: out if out.data_ptr() == x.data_ptr() else out.copy_(x))
     sent_bytes = x.nbytes - out.nbytes
-    return _after(_issue(group, "reduce_scatter", sent_bytes, lambda: group.backend._reduce_scatter_base(out, x)), out)
+    if group.backend.name() != "gloo":
+        start = partial(group.backend._reduce_scatter_base, out, x)
+        return _after(_issue(group, "reduce_scatter", sent_bytes, start), out)
+    # Gloo's own does the same, and cannot be waited for but to its end.
+    everything = x.clone()
+    work = _issue(group, "reduce_scatter", sent_bytes, lambda: group.backend.allreduce([everything]))
+
+    def finish() -> Tensor:
+        work.wait()
+        return out.copy_(everything.view(group.size, *out.shape)[group.rank])
+
+    return Pending(finish)
 
 
 def all_gather_into(out: Tensor, x: Tensor, group: Group) -> Pending[Tensor]:
@@ -155,40 +149,13 @@ def exchange(
     if not there and not here:
         return Pending(lambda: received)
     sent_bytes = sum(x.nbytes for x, _ in there)
-    work = _issue(group, "exchange", sent_bytes, lambda: _Several(group.backend, there, here))
+    work = _issue(group, "exchange", sent_bytes, lambda: Several(group.backend, there, here, _TAG))
 
     def finish() -> list[Tensor]:
         work.wait()
         return received
 
     return Pending(finish)
-
-
-class _Several:
-    """Sends and receives of one exchange, waited for as one work. Those of a pair are matched in their order."""
-
-    def __init__(self, backend: Any, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> None:
-        together = backend.supports_coalescing  # NCCL's would wait for each other one by one; gloo's do not
-        if together:
-            backend._start_coalescing()
-        self._works = [backend.recv([x], position, _TAG) for x, position in receives]
-        self._works += [backend.send([x], position, _TAG) for x, position in sends]
-        if together:
-            self._works = [backend._end_coalescing()]
-
-    def wait(self) -> None:
-        """Until none of them touches memory any more; raises the first failure then."""
-        failure: BaseException | None = None
-        while self._works:
-            try:
-                self._works.pop(0).wait()
-            except RuntimeError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-
-    def get_future(self) -> Any:
-        raise RuntimeError("not implemented: gloo does not tell of sends and receives")
 
 
 def all_to_all_v(rows_RD: Tensor, send: list[int], receive: list[int], group: Group) -> Pending[Tensor]:

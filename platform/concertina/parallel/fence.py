@@ -2,8 +2,9 @@
 
 Gloo cannot be told to give up: its `abort` does nothing, and what a frozen peer sends when it wakes lands in whatever
 the abandoned buffer has become. So the connected sockets are shut down under it (`shutdown(2)` of both directions, on
-duplicates of their descriptors). Gloo takes that for the peers' end: whatever waits raises, whatever is started later
-raises. NCCL is told to abort, which it does (written from its documentation, `parallel/nccl.py`).
+duplicates of their descriptors). Gloo takes that for the peers' end: what waits raises (or is ended otherwise, see
+`parallel/underway.py`), whatever is started later raises. NCCL is told to abort, which it does (written from its
+documentation, `parallel/nccl.py`).
 
 While groups form, a connection is theirs when one of its ends is where a peer or this rank listens for it; afterwards
 the sockets themselves are known. Listening sockets are left alone (gloo ends the process when one fails), and so is
@@ -20,9 +21,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from concertina.parallel.underway import Underway
 
 __all__ = ["Address", "Wires"]
 
@@ -39,7 +43,8 @@ class Wires:
     """The connections of one rank in one generation: of one forming call, or of several that were given the same."""
 
     def __init__(self) -> None:
-        self._cut = threading.Event()
+        self.underway: set[Underway] = set()
+        self._cut, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._listening: set[Address] = set()  # for groups that form now, here and at peers
         self._sockets: set[int] = set()  # by inode: unlike a port, none is given out again
@@ -49,6 +54,11 @@ class Wires:
     @property
     def are_cut(self) -> bool:
         return self._cut.is_set()
+
+    @property
+    def are_closed(self) -> bool:
+        """Whether they are cut and nothing of a peer can arrive any more."""
+        return self._closed.is_set()
 
     def check(self) -> None:
         """Raises torch's DistNetworkError when they are cut."""
@@ -70,9 +80,10 @@ class Wires:
         while left := len(self._standing & {inode for _, inode in _sockets()}):
             if time.monotonic() > deadline_s:
                 log.warning("%d connections of a fenced generation are shut down but not closed", left)
-                return
+                break
             time.sleep(_LOOK_S)
             self.shut_down()
+        self._closed.set()
 
     def shut_down(self) -> None:
         """Shut down what is connected now, and no more: what is about to connect goes on."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from concertina.layout import Shard, plan_buckets
-from concertina.parallel.collectives import Pending
 from concertina.parallel.groups import Groups
 from concertina.parallel.zero import Bucket
 
@@ -93,10 +92,6 @@ class GradientReducer:
         while self._started < len(self.buckets):
             self._start_next()
         return [bucket.finish_reduce() for bucket in self.buckets]
-
-    def leave(self) -> list[Pending]:
-        """Sums under way, to be waited for by whoever gives this up."""
-        return [pending for bucket in self.buckets for pending in bucket.leave()]
 
 
 def _take(reducer: ReferenceType[GradientReducer], index: int, name: str, parameter: Tensor) -> None:

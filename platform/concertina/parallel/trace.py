@@ -4,8 +4,7 @@ Times are seconds since the epoch, monotonic within a recording. `issued_s`, `wa
 host's and exact: handed to the backend, blocked in `finish`, going on. The two of the wire depend on the backend:
 
     gloo   started   as issued: gloo does not tell when one of its threads takes it
-           ended     exact, told by that thread; of a reduce-scatter and an exchange gloo tells nothing, it is the end
-                     of the wait
+           ended     exact, told by that thread; of an exchange gloo tells nothing, it is the end of the wait
     nccl   started   when the stream that issued it got there (a CUDA event, exact); NCCL's own stream may still be busy
                      with the communication before
            ended     exact (a CUDA event on a stream that waits for it); the host's wait only queues, and is short
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -119,15 +119,19 @@ class _Followed:
         try:
             work.get_future().add_done_callback(self._end)
         except RuntimeError as error:
-            if "not implemented" not in str(error):  # as of gloo's reduce-scatter
+            if "not implemented" not in str(error):  # as of gloo's sends and receives
                 raise
 
     def _end(self, _: Any) -> None:
         self.ended = self._clock.mark()
 
-    def wait(self) -> None:
-        self.wait_began_s = self._clock.now()
-        self._work.wait()
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+    def wait(self, *timeout: timedelta) -> None:
+        if self.wait_began_s is None:
+            self.wait_began_s = self._clock.now()
+        self._work.wait(*timeout)
         self.wait_ended_s = self._clock.now()
 
 

@@ -82,11 +82,6 @@ class Bucket:
         pending, self._pending = self._pending, None
         return pending.finish()
 
-    def leave(self) -> list[Pending]:
-        """The reduction under way, if there is one."""
-        left, self._pending = [self._pending] if self._pending is not None else [], None
-        return left
-
     def master(self) -> Tensor:
         """A fresh copy [length] of this rank's pieces of the weights, in at least fp32."""
         segment = torch.zeros_like(self.shard)

@@ -64,8 +64,6 @@ class ShardedAdamW(FlatAdamW):
         assert not self._travelling, "weights are still under way"
         self.buckets = []
 
-    def leave(self) -> list[Pending]:
-        """Weights under way, to be waited for by whoever gives this up."""
-        left = list(self._travelling.values())
+    def forget_travelling(self) -> None:
+        """Weights under way have been waited for by whoever gave this up; nobody reads them."""
         self._travelling.clear()
-        return left

@@ -57,8 +57,3 @@ class SecondCopies:
         """The update that every first owner makes of its own. Nothing here can fail or wait."""
         for first, copy in self.copies.items():
             copy.apply(self.received[first], scale, rate)
-
-    def leave(self) -> list[Pending]:
-        """What is under way, to be waited for by whoever gives this up."""
-        left, self._pending = [self._pending] if self._pending is not None else [], None
-        return left

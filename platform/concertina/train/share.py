@@ -18,9 +18,9 @@ from concertina.config import Job
 from concertina.layout import Seating, kv_copies
 from concertina.model import Decoder, Part
 from concertina.model.deferred import DeferredGradients
-from concertina.parallel.failures import is_communication_failure
 from concertina.parallel.groups import KV, Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
+from concertina.parallel.underway import leave
 from concertina.state.transfer import Holdings
 from concertina.train.adamw import FlatAdamW
 from concertina.train.optimizer import ShardedAdamW
@@ -115,12 +115,6 @@ class Share:
         self.filled = self.seconds.filled = True
 
     def abandon(self) -> None:
-        """Wait for what was begun over groups that are fenced, or dead: until it has raised they cannot go."""
-        if self._alike is not None:
-            return  # stripped: nothing was under way
-        for pending in (*self.optimizer.leave(), *self.seconds.leave(), *self.reducer.leave()):
-            try:
-                pending.finish()
-            except RuntimeError as error:
-                if not is_communication_failure(error):
-                    raise
+        """Wait for what was begun over groups that are fenced: until it has ended its memory is not free."""
+        leave(self.groups.world.wires)
+        self.optimizer.forget_travelling()

@@ -1,0 +1,170 @@
+"""How does a rank wait for a communication, and what becomes of one whose end never comes?
+
+Gloo does not wake everybody when a connection closes: who waits for a message that was half-way, in or out, is told
+nothing (gloo's `Pair::signalException`, read and seen with torch 2.13) and sleeps until gloo's own timeout. Its backend
+cannot be destroyed before. So a wait comes up for air now and then, and looks whether its generation is fenced. If it
+is, and gloo's threads are known to sleep, the wait is over for the rank; the communication, its memory and its backend
+are left to a thread of their own until gloo lets go.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from concertina.parallel.failures import is_communication_failure
+
+if TYPE_CHECKING:
+    from concertina.parallel.fence import Wires
+    from concertina.parallel.groups import Group
+
+__all__ = ["Several", "Underway", "leave"]
+
+log = logging.getLogger("concertina.parallel")
+
+_BREATH = timedelta(seconds=0.05)  # 60 us of this process a time
+_LOOK_S = 0.005
+_AWAKE_S = 10.0
+_LET_GO_S = 1.0
+
+
+class Underway:
+    """One communication that a backend was given. `wait` is called once, or it is left with its generation."""
+
+    __slots__ = ("_group", "_work")
+
+    def __init__(self, work: Any, group: Group) -> None:
+        self._work, self._group = work, group
+        group.wires.underway.add(self)
+
+    def wait(self) -> None:
+        """Until it is done. Raises what the backend does, DistNetworkError when it was fenced and gloo says nothing.
+
+        After it has returned or raised nothing of it touches memory any more.
+        """
+        began = time.perf_counter()
+        try:
+            if self._group.backend.name() == "gloo":
+                self._wait_for_gloo()
+            else:
+                self._work.wait()  # only queues
+        finally:
+            self._group.tap.waited_s += time.perf_counter() - began
+            self._group.wires.underway.discard(self)
+
+    def _wait_for_gloo(self) -> None:
+        while not self._is_over():
+            if self._group.wires.are_closed and _gloo_sleeps() and not self._is_over():
+                keep = threading.Thread(target=_keep, args=(self._work, self._group.backend), daemon=True)
+                keep.name = "left-over"
+                keep.start()
+                raise dist.DistNetworkError("fenced, and gloo still waits for a message that was half-way")
+
+    def _is_over(self) -> bool:
+        """Whether it ended within a breath. Raises how, if not well."""
+        try:
+            self._work.wait(_BREATH)
+        except RuntimeError:
+            if not self._work.is_completed():
+                return False
+        else:
+            return True
+        self._work.wait(_BREATH)  # raises; unless it ended well just after the breath
+        return True
+
+
+def leave(wires: Wires) -> None:
+    """Of a generation that is fenced: wait for whatever is under way, so that nothing touches memory any more."""
+    for each in list(wires.underway):
+        try:
+            each.wait()
+        except RuntimeError as error:
+            if not is_communication_failure(error):
+                raise
+
+
+class Several:
+    """Sends and receives of one exchange, waited for as one work. Those of a pair are matched in their order."""
+
+    def __init__(self, backend: Any, sends: list[tuple[Any, int]], receives: list[tuple[Any, int]], tag: int) -> None:
+        together = backend.supports_coalescing  # NCCL's would wait for each other one by one; gloo's do not
+        if together:
+            backend._start_coalescing()
+        self._works = [backend.recv([x], position, tag) for x, position in receives]
+        self._works += [backend.send([x], position, tag) for x, position in sends]
+        if together:
+            self._works = [backend._end_coalescing()]
+        self._ended: threading.Event | None = None
+        self._failure: tuple[type[RuntimeError], str] | None = None  # not the error: it would hold this, and a backend
+
+    def is_completed(self) -> bool:
+        return self._ended is not None and self._ended.is_set()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Until none of them touches memory any more; raises the first failure then.
+
+        Raises RuntimeError after a timeout; it goes on in a thread, for gloo closes all connections when one send or
+        receive takes longer than it was given.
+        """
+        if timeout is None:
+            self._finish()
+        else:
+            if self._ended is None:
+                self._ended = threading.Event()
+                threading.Thread(target=self._finish, args=(self._ended,), name="exchange", daemon=True).start()
+            if not self._ended.wait(timeout.total_seconds()):
+                raise RuntimeError("still under way")
+        if self._failure is not None:
+            kind, text = self._failure
+            raise kind(text)
+
+    def _finish(self, ended: threading.Event | None = None) -> None:
+        while self._works:
+            try:
+                self._works.pop(0).wait()
+            except RuntimeError as error:
+                self._failure = self._failure or (type(error), str(error))
+        if ended is not None:
+            ended.set()
+
+    def get_future(self) -> Any:
+        raise RuntimeError("not implemented: gloo does not tell of sends and receives")
+
+
+def _keep(work: Any, backend: Any) -> None:
+    """Until gloo's timeout: whoever drops the backend last waits for its threads, and that is to be nobody else."""
+    while not work.is_completed():
+        time.sleep(_LET_GO_S)
+
+
+def _gloo_sleeps() -> bool:
+    """Whether every thread that runs gloo's collectives has slept from one look to another: with all connections closed
+    it can only be one that waits for a message, and copies nothing. A thread that is busy is given time."""
+    deadline = time.monotonic() + _AWAKE_S
+    before = _run_loops()
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        now = _run_loops()
+        if now == before and all(state == "S" for state, _ in now.values()):
+            return True
+        before = now
+    log.warning("gloo has been busy for %g s although its connections are closed", _AWAKE_S)
+    return False
+
+
+def _run_loops() -> dict[str, tuple[str, str]]:
+    """State, and how often it has gone to sleep, of every such thread of this process."""
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        with suppress(OSError), open(f"/proc/self/task/{task}/status") as status:
+            said = dict(line.split(":", 1) for line in status.read().splitlines() if ":" in line)
+            if said["Name"].strip() == "pt_gloo_runloop":
+                found[task] = said["State"].strip()[0], said["voluntary_ctxt_switches"].strip()
+    return found

@@ -1,0 +1,120 @@
+"""Is a rank woken from a wait for half a message, which gloo forgets, and does it get rid of what gloo keeps?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from concertina.layout import Layout
+from concertina.parallel.collectives import all_reduce_sum, exchange
+from concertina.parallel.failures import is_communication_failure
+from concertina.parallel.groups import SECONDS, GroupOptions, Groups, form_groups
+from concertina.parallel.underway import leave
+from tests.distributed import on_ranks, run_distributed
+
+pytestmark = pytest.mark.dist
+
+LONG = timedelta(seconds=100)  # gloo's own timeout, longer than a test may take
+HALF = 16 << 20  # elements: more than any socket takes at once
+
+
+def formed(rank: int, store: Any, generation: int) -> Groups:
+    return form_groups(Layout(2), rank, store, GroupOptions(generation, timeout=LONG))
+
+
+def until(happened: Any) -> None:
+    while not happened():
+        time.sleep(0.001)
+
+
+def left_over() -> int:
+    return sum(thread.name == "left-over" for thread in threading.enumerate())
+
+
+def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> dict[str, Any]:
+    """Rank 1 begins an exchange and freezes; rank 0 is in the middle of it, and is fenced by another thread."""
+    groups = formed(rank, store, 0)
+    x = torch.full((HALF,), 1.0 + rank)
+    if rank == 1:
+        pending = exchange([(x, 0)], [], groups[SECONDS]) if receives else exchange([], [(x, 0)], groups[SECONDS])
+        store.set("pid", str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+        groups.fence()
+        return {"ended": ending(pending)}
+    pid = int(store.get("pid"))
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    pending = exchange([], [(x, 1)], groups[SECONDS]) if receives else exchange([(x, 1)], [], groups[SECONDS])
+    if receives:
+        until(lambda: bool((x != 1.0).any()))  # it arrives
+    threading.Timer(0.05, groups.fence).start()
+    found: dict[str, Any] = {"ended": ending(pending)} if waited_for else {}
+    until(lambda: groups.world.wires.are_closed)
+    leave(groups.world.wires)
+    found["left over"] = left_over()
+    del groups, pending  # waits for no thread of gloo's, or this test comes to its end
+    x.fill_(7.0)
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(0.05)
+    return found | {"intact": bool((x == 7.0).all())}
+
+
+def ending(pending: Any) -> str:
+    try:
+        pending.finish()
+    except RuntimeError as error:
+        return "broken" if is_communication_failure(error) else repr(error)
+    return "done"
+
+
+@pytest.mark.parametrize("waited_for", [True, False], ids=["waited for", "left"])
+@pytest.mark.parametrize("receives", [False, True], ids=["sends", "receives"])
+def test_who_waits_for_half_a_message_is_woken_by_the_fence(receives: bool, waited_for: bool) -> None:
+    found, other = run_distributed(half_a_message, 2, receives, waited_for, timeout_s=40)
+    assert found.get("ended", "broken") == "broken"
+    assert found["left over"] == 1, "gloo has mended what this is for?"
+    assert found["intact"]
+    assert other["ended"] in ("broken", "done")
+
+
+def longer_than_a_breath(rank: int, store: Any) -> tuple[float, float, int]:
+    """Rank 1 comes late: the wait of rank 0 comes up for air more than once, and is still right."""
+    groups = formed(rank, store, 0)
+    if rank == 1:
+        time.sleep(0.3)
+    total = all_reduce_sum(torch.ones(4), groups.world)
+    received = torch.zeros(3)
+    trading = exchange([(torch.full((3,), 5.0 + rank), 1 - rank)], [(received, 1 - rank)], groups[SECONDS])
+    sums = float(total.finish().sum()), float(trading.finish()[0].sum())
+    return *sums, len(groups.world.wires.underway)
+
+
+def test_a_long_wait_ends_well() -> None:
+    assert on_ranks(longer_than_a_breath, 2) == [(8.0, 18.0, 0), (8.0, 15.0, 0)]
+
+
+def failing_twice(rank: int, store: Any) -> list[str]:
+    """An error of gloo's own, which comes within a breath, is the one that is raised."""
+    groups = formed(rank, store, 0)
+    pending = all_reduce_sum(torch.ones(1 << 20), groups.world) if rank == 0 else None
+    if rank == 1:
+        groups.fence()
+        return []
+    said = []
+    try:
+        pending.finish()  # type: ignore[union-attr]
+    except RuntimeError as error:
+        said.append(str(error))
+    return said
+
+
+def test_gloos_own_error_comes_through() -> None:
+    (said,), _ = on_ranks(failing_twice, 2)
+    assert "onnection" in said, said
