@@ -40,26 +40,34 @@ def left_over() -> int:
 
 
 def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> dict[str, Any]:
-    """Rank 1 begins an exchange and freezes; rank 0 is in the middle of it, and is fenced by another thread."""
+    """Rank 1 freezes in an exchange; rank 0 is in the middle of it too, and is fenced by another thread."""
     groups = formed(rank, store, 0)
+    group, wires = groups[SECONDS], groups.world.wires
     x = torch.full((HALF,), 1.0 + rank)
     if rank == 1:
-        pending = exchange([(x, 0)], [], groups[SECONDS]) if receives else exchange([], [(x, 0)], groups[SECONDS])
+        if receives:  # a receiver is met before anything is sent
+            store.wait(["begun"])
+            time.sleep(0.1)
+        pending = exchange([(x, 0)], [], group) if receives else exchange([], [(x, 0)], group)
         store.set("pid", str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
-        groups.fence()
+        wires.fence()
         return {"ended": ending(pending)}
+    if receives:
+        pending = exchange([], [(x, 1)], group)
+        store.set("begun", "")
     pid = int(store.get("pid"))
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    pending = exchange([], [(x, 1)], groups[SECONDS]) if receives else exchange([(x, 1)], [], groups[SECONDS])
     if receives:
-        until(lambda: bool((x != 1.0).any()))  # it arrives
-    threading.Timer(0.05, groups.fence).start()
+        until(lambda: bool((x == 2.0).any()))
+    else:
+        pending = exchange([(x, 1)], [], group)
+    threading.Timer(0.05, wires.fence).start()
     found: dict[str, Any] = {"ended": ending(pending)} if waited_for else {}
-    until(lambda: groups.world.wires.are_closed)
-    leave(groups.world.wires)
+    until(lambda: wires.are_closed)
+    leave(wires)
     found["left over"] = left_over()
-    del groups, pending  # waits for no thread of gloo's, or this test comes to its end
+    del groups, group, pending  # waits for no thread of gloo's, or this test does not end
     x.fill_(7.0)
     os.kill(pid, signal.SIGCONT)
     time.sleep(0.05)
