@@ -64,7 +64,7 @@ def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> d
         pending = exchange([(x, 1)], [], group)
     threading.Timer(0.05, wires.fence).start()
     found: dict[str, Any] = {"ended": ending(pending)} if waited_for else {}
-    until(lambda: wires.are_closed)
+    until(lambda: wires.are_dry)
     leave(wires)
     found["left over"] = left_over()
     del groups, group, pending  # waits for no thread of gloo's, or this test does not end

@@ -13,12 +13,10 @@ every other connection of the process.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
@@ -30,13 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Address", "Wires"]
 
-log = logging.getLogger("concertina.parallel")
-
 Address = tuple[str, int]
 """Host and port."""
 
-_LOOK_S = 0.0005
-_CLOSING_S = 1.0
+_GULP_BYTES = 1 << 18
 
 
 class Wires:
@@ -44,7 +39,7 @@ class Wires:
 
     def __init__(self) -> None:
         self.underway: set[Underway] = set()
-        self._cut, self._closed = threading.Event(), threading.Event()
+        self._cut, self._dry = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._listening: set[Address] = set()  # for groups that form now, here and at peers
         self._sockets: set[int] = set()  # by inode: unlike a port, none is given out again
@@ -56,9 +51,9 @@ class Wires:
         return self._cut.is_set()
 
     @property
-    def are_closed(self) -> bool:
-        """Whether they are cut and nothing of a peer can arrive any more."""
-        return self._closed.is_set()
+    def are_dry(self) -> bool:
+        """Whether they are cut, and nothing of a peer can arrive any more."""
+        return self._dry.is_set()
 
     def check(self) -> None:
         """Raises torch's DistNetworkError when they are cut."""
@@ -68,31 +63,26 @@ class Wires:
     def fence(self) -> None:
         """Cut them for good, from any thread, any number of times. Returns within milliseconds.
 
-        What waits raises, in every thread. What the kernel had received before is read to its end or dropped before
-        this returns, so that a peer's bytes reach no buffer afterwards, whatever wakes up on the other side.
+        What waits raises, in every thread. What the kernel had received before is dropped before this returns, so that
+        a peer's bytes reach no buffer afterwards, whatever wakes up on the other side.
         """
         self._cut.set()
         with self._lock:
             communicators, self._communicators = self._communicators, []
         _abort(communicators)
-        deadline_s = time.monotonic() + _CLOSING_S
         self.shut_down()
-        while left := len(self._standing & {inode for _, inode in _sockets()}):
-            if time.monotonic() > deadline_s:
-                log.warning("%d connections of a fenced generation are shut down but not closed", left)
-                break
-            time.sleep(_LOOK_S)
-            self.shut_down()
-        self._closed.set()
+        with self._lock:
+            for connection in _connections(self._standing):
+                _drain(connection)
+        self._dry.set()
 
     def shut_down(self) -> None:
         """Shut down what is connected now, and no more: what is about to connect goes on."""
         with self._lock:
             self._learn()
-            for descriptor, inode in _sockets():
-                if inode in self._sockets:
-                    with suppress(OSError), closing(_duplicate(descriptor, inode)) as connection:
-                        connection.shutdown(socket.SHUT_RDWR)
+            for connection in _connections(self._sockets):
+                with suppress(OSError):  # the peer has ended it
+                    connection.shutdown(socket.SHUT_RDWR)
 
     # -- said by who forms groups -------------------------------------------------------------------------------------
 
@@ -146,6 +136,14 @@ def _sockets() -> Iterator[tuple[int, int]]:
                 yield int(name), status.st_ino
 
 
+def _connections(wanted: set[int]) -> Iterator[socket.socket]:
+    """Those sockets of this process, by inode, one after the other; each is closed again after its turn."""
+    for descriptor, inode in _sockets():
+        if inode in wanted:
+            with suppress(OSError), closing(_duplicate(descriptor, inode)) as connection:
+                yield connection
+
+
 def _duplicate(descriptor: int, inode: int) -> socket.socket:
     """The socket behind a descriptor; raises OSError when that has become another's."""
     duplicate = os.dup(descriptor)
@@ -153,6 +151,16 @@ def _duplicate(descriptor: int, inode: int) -> socket.socket:
         os.close(duplicate)
         raise OSError("the descriptor was closed and given out again")
     return socket.socket(fileno=duplicate)
+
+
+def _drain(connection: socket.socket) -> None:
+    """Drop what has arrived. The kernel lets one read at a time: one of gloo's that had begun is over after this, and
+    the next one finds the end. (Whether gloo closes the socket does not matter; it does not when the buffer it was
+    receiving into is gone.)"""
+    gulp = bytearray(_GULP_BYTES)
+    with suppress(OSError):
+        while connection.recv_into(gulp, flags=socket.MSG_DONTWAIT):
+            pass
 
 
 def _ends(connection: socket.socket) -> tuple[Address, ...]:

@@ -61,7 +61,7 @@ class Underway:
 
     def _wait_for_gloo(self) -> None:
         while not self._is_over():
-            if self._group.wires.are_closed and _gloo_sleeps() and not self._is_over():
+            if self._group.wires.are_dry and _gloo_sleeps() and not self._is_over():
                 keep = threading.Thread(target=_keep, args=(self._work, self._group.backend), daemon=True)
                 keep.name = "left-over"
                 keep.start()

@@ -1,0 +1,124 @@
+"""Is anything left of the generations of a process that sees hundreds of them, and does it still compute the same?
+
+Members change seats again and again: a planned change, one of them a spare, a step broken off by a fence in the middle.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from concertina.layout import Layout, Seating
+from concertina.model.host_memory import keep_freed_memory
+from concertina.parallel.failures import is_communication_failure
+from tests.distributed import run_distributed
+from tests.train.generations import Life, Stage, on_nodes
+from tests.train.worlds import engine_on, tiny_job, unconfigured
+
+pytestmark = pytest.mark.dist
+
+WORLD = 3
+SEATINGS = [
+    on_nodes(Layout(3, ep=3), {0: "a", 1: "b", 2: "c"}),
+    on_nodes(Layout(2, ep=2), {0: "a", 1: "b"}, spares=(2,)),
+    on_nodes(Layout(2, tp=2, ep=2), {2: "c", 1: "b"}, spares=(0,)),
+]
+BYTES_A_GENERATION = 4096
+
+
+def seating_of(number: int) -> Seating:
+    return SEATINGS[number % len(SEATINGS)]
+
+
+def break_off(life: Life, after_s: float) -> None:
+    """Begin a step and be fenced in it, or not: as the moment has it."""
+    engine = life.engine
+    groups = engine.groups
+    timer = threading.Timer(after_s, groups.fence)
+    timer.start()
+    try:
+        life.note(engine.train_step(engine.applied + 1))
+        engine.settle()
+    except RuntimeError as error:
+        if not is_communication_failure(error):
+            raise
+        if engine.last_result is not None and engine.last_result.step == engine.applied:
+            life.note(engine.last_result)
+    timer.join()
+    groups.fence()
+    engine.share.abandon()
+
+
+def gloo_keeps_something() -> bool:
+    """A communication that was broken off in mid-message, with its threads, until its own timeout."""
+    return any(thread.name == "left-over" for thread in threading.enumerate())
+
+
+def until_gloo_lets_go() -> None:
+    while gloo_keeps_something():
+        time.sleep(0.1)
+
+
+def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str, Any]:
+    keep_freed_memory()
+    job = tiny_job(training__steps=steps)
+    life, moment, me = Life(rank, store, job, unconfigured(job)), random.Random(7), psutil.Process()
+    threads, descriptors, resident = [], [], []
+    stages = [Stage(seating_of(number), 0) for number in range(count)]
+    for number, stage in enumerate(stages):
+        after_s, breaks_off = moment.uniform(0, 0.06), number % 3 != 1
+        life.enter(number, stages)
+        if stage.seating.rank_of(rank) is not None:
+            life.train(life.engine.applied + 1)
+            if breaks_off:
+                break_off(life, after_s)
+                life.agree(number, stage)
+            else:
+                life.engine.settle()
+        store.set(f"done/{number}/{rank}", "")
+        store.wait([f"done/{number}/{each}" for each in range(WORLD)])
+        if not gloo_keeps_something() or number == count - 1:
+            until_gloo_lets_go()
+            threads.append(len(os.listdir("/proc/self/task")))
+            descriptors.append(len(os.listdir("/proc/self/fd")))
+            resident.append(me.memory_info().rss)
+    return {
+        "losses": life.losses,
+        "threads": threads,
+        "descriptors": descriptors,
+        "resident": resident,
+        "completed": len(life.completed),
+    }
+
+
+def slope(values: list[int]) -> float:
+    """Of the second half, by least squares, per generation."""
+    half = values[len(values) // 2 :]
+    return float(np.polyfit(range(len(half)), half, 1)[0])
+
+
+@pytest.mark.parametrize("count", [45, pytest.param(240, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int) -> None:
+    steps = 2 * count
+    lives = run_distributed(many_generations, WORLD, steps, count, timeout_s=800)
+    engine = engine_on(tiny_job(training__steps=steps), Layout(1), 0, None)
+    losses: dict[int, float] = {}
+    for life in lives:
+        for step, loss in life["losses"].items():
+            assert losses.setdefault(step, loss) == loss
+        for what in ("threads", "descriptors"):
+            half = len(life[what]) // 2
+            early, late = life[what][6:half], life[what][half:]
+            assert max(late) <= max(early), (what, life[what])
+    assert sorted(losses) == list(range(1, max(losses) + 1))
+    for step in range(1, max(losses) + 1):
+        assert losses[step] == pytest.approx(engine.train_step(step).loss, rel=1e-9)
+    for life in lives:
+        assert slope(life["resident"]) < BYTES_A_GENERATION, life["resident"]
