@@ -39,6 +39,7 @@ log = logging.getLogger("concertina.channel")
 
 _MOST_UNPROVEN = 64
 _TICK_S = 0.1
+_ANSWER_S = 1.0  # messages at once, beats alone so often: each answer wakes a rank's thread once more
 _BUSY_ONLY_SHORT = "step"  # in every other phase a member may hold the interpreter for long: imports, builds, writes
 
 
@@ -70,6 +71,7 @@ class _Peer:
     since_s: float = field(default_factory=time.monotonic)
     heard_s: float = field(default_factory=time.monotonic)
     beaten_s: float | None = None
+    answered_s: float = 0.0
     step: int = 0
     phase: str = ""
     progress_age_s: float = 0.0
@@ -228,14 +230,19 @@ class ChannelServer:
             self._drop(peer, "eof")
             return
         peer.heard_s = time.monotonic()
+        said = False
         for document in peer.lines.feed(data):
+            said |= "say" in document
             if peer.connection.fileno() < 0:
                 return  # an earlier line ended it
             if peer.hello is None:
                 self._greet(peer, document)
             else:
                 self._listen(peer, peer.hello, document)
-        if peer.hello is not None and peer.connection.fileno() >= 0:
+        if peer.hello is None or peer.connection.fileno() < 0:
+            return
+        if said or peer.heard_s - peer.answered_s > _ANSWER_S:
+            peer.answered_s = peer.heard_s
             self._write(peer, {"ack": self._received.get(peer.hello.incarnation, 0), "recorded": self.recorded})
 
     def _greet(self, peer: _Peer, document: dict[str, Any]) -> None:
