@@ -129,7 +129,8 @@ def _rank(place: tuple[int, int, tuple[str, int], str, Path], pipe: Any, rounds:
     turns: Turns = {way: [] for way in _BEATS_S}
     ways = list(_BEATS_S)
     for turn in range(rounds + 1):
-        for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+        ways = ways[::-1] if turn % 2 else ways[1:] + ways[:1]  # each comes after each other
+        for way in ways:
             client = ChannelClient(address, token, rank, _BEATS_S[way])
             client.start(lambda document: None)
             while not client.is_connected:
