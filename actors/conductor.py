@@ -301,6 +301,7 @@ class Conductor:
         give_backs = (
             self.accounting.close,
             self.recruiter.withdraw,
+            self._tell_heartbeats,
             self._release,
             self.server.close,
             self._close_tracking,
@@ -312,6 +313,9 @@ class Conductor:
             except Exception:
                 log.exception("while ending")
         self.journal.remove()
+
+    def _tell_heartbeats(self) -> None:
+        self.book.event(EventType.HEARTBEATS, self.book.step, **self.server.gaps.to_json())
 
     def _release(self) -> None:
         if not self.hands.members and self.journal.pids:

@@ -424,3 +424,21 @@ def test_a_queue_that_nobody_empties_is_an_error() -> None:
 
 def test_the_bounds_of_the_channel_fit_a_beat() -> None:
     assert BOUNDS["silence"].seconds >= 10 * 0.2
+
+
+def test_messages_are_answered_at_once_and_beats_only_now_and_then(hall: Hall) -> None:
+    """An answer wakes the member's thread, and what it says of beats is worth little."""
+    server = hall.server(Ear())
+    with greet(server.address) as member:
+        for step in range(1, 21):
+            member.sendall(to_line({"beat": {"step": step, "phase": "step", "age_s": 0.0, "heard": 0}}))
+            wait_until(lambda step=step: 0 in server.silences() and server.silences()[0].step == step)
+        server.recorded = 5
+        member.sendall(to_line({"seq": 1, "say": {"a": "message"}}))
+        answers = member.makefile()
+        assert "acked" in json.loads(answers.readline())
+        found = [json.loads(answers.readline())]
+        while found[-1]["ack"] == 0:
+            found.append(json.loads(answers.readline()))
+    assert found[-1] == {"ack": 1, "recorded": 5}
+    assert 1 < len(found) < 20, "the first beat is answered, and not each"

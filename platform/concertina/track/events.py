@@ -70,6 +70,9 @@ class EventType(StrEnum):
     (the newest applied, kept), steps_completed (that were under way and were finished, not done again), bytes_local
     and bytes_moved (state copied inside and between members), world_before, world_after, layout
     (`track.recovery.Recovery`)."""
+    HEARTBEATS = "heartbeats"
+    """At a session's end, the gaps between heartbeats as its coordinator saw them since it started: training and busy,
+    each by member: longest_s, buckets (`elastic.channel.Gaps`)."""
     MEMBER = "member"
     """One process of the run: member, node, pid, what (born, ready, lost, left, spare), reason."""
 

@@ -34,11 +34,11 @@ from concertina.elastic.channel.wire import (
 )
 from concertina.elastic.waits import BOUNDS
 
-__all__ = ["ChannelClient"]
+__all__ = ["BEAT_S", "ChannelClient"]
 
 log = logging.getLogger("concertina.channel")
 
-_BEAT_S = 0.2
+BEAT_S = 0.2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _MESSAGES_AT_ONCE = 64
 
@@ -70,8 +70,8 @@ class _Connection:
 class ChannelClient:
     """A member's end. `start` begins; `hear(document)` gets orders in the supervisor thread, each once."""
 
-    def __init__(self, address: tuple[str, int], token: str, member: int) -> None:
-        self._address, self._token = address, token
+    def __init__(self, address: tuple[str, int], token: str, member: int, beat_s: float = BEAT_S) -> None:
+        self._address, self._token, self._beat_s = address, token, beat_s
         self._who = (member, os.getpid(), new_nonce())
         self._hear: Callable[[dict[str, Any]], None] = lambda document: None
         self._outbox = Outbox(member)
@@ -209,7 +209,7 @@ class ChannelClient:
                 connection.sent = number
             if time.monotonic() >= beat_s:
                 connection.out += self._beat()
-                beat_s = time.monotonic() + _BEAT_S
+                beat_s = time.monotonic() + self._beat_s
             self._exchange(connection, beat_s)
         if self._closing:
             connection.socket.settimeout(BOUNDS["channel_connect"].seconds)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from concertina.elastic.channel.gaps import GapsByMember
 from concertina.elastic.channel.wire import (
     GREETING_LIMIT_BYTES,
     LINE_LIMIT_BYTES,
@@ -38,6 +39,7 @@ log = logging.getLogger("concertina.channel")
 
 _MOST_UNPROVEN = 64
 _TICK_S = 0.1
+_ANSWER_S = 1.0  # messages at once, beats alone so often: each answer wakes a rank's thread once more
 _BUSY_ONLY_SHORT = "step"  # in every other phase a member may hold the interpreter for long: imports, builds, writes
 
 
@@ -68,6 +70,8 @@ class _Peer:
     hello: Hello | None = None
     since_s: float = field(default_factory=time.monotonic)
     heard_s: float = field(default_factory=time.monotonic)
+    beaten_s: float | None = None
+    answered_s: float = 0.0
     step: int = 0
     phase: str = ""
     progress_age_s: float = 0.0
@@ -79,6 +83,7 @@ class ChannelServer:
     `heard(member, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
     this process must be on disk by then. `lost(member, evidence)` comes when an established connection ends without a
     goodbye, evidence "reset", "eof", "timeout" or "garbage"; the member may connect again.
+    `gaps` are those between heartbeats on one connection, as this thread came to read them.
     `received` is what an earlier server's `received` said: no message comes twice over a restart.
     """
 
@@ -95,6 +100,7 @@ class ChannelServer:
         self._token = token
         self._expelled: set[int] = set()
         self.recorded = 0
+        self.gaps = GapsByMember()
         self._heard, self._lost = heard, lost
         self._received = dict(received or {})
         self._name = new_nonce()
@@ -224,14 +230,19 @@ class ChannelServer:
             self._drop(peer, "eof")
             return
         peer.heard_s = time.monotonic()
+        said = False
         for document in peer.lines.feed(data):
+            said |= "say" in document
             if peer.connection.fileno() < 0:
                 return  # an earlier line ended it
             if peer.hello is None:
                 self._greet(peer, document)
             else:
                 self._listen(peer, peer.hello, document)
-        if peer.hello is not None and peer.connection.fileno() >= 0:
+        if peer.hello is None or peer.connection.fileno() < 0:
+            return
+        if said or peer.heard_s - peer.answered_s > _ANSWER_S:
+            peer.answered_s = peer.heard_s
             self._write(peer, {"ack": self._received.get(peer.hello.incarnation, 0), "recorded": self.recorded})
 
     def _greet(self, peer: _Peer, document: dict[str, Any]) -> None:
@@ -266,6 +277,9 @@ class ChannelServer:
             case {
                 "beat": {"step": int(step), "phase": str(phase), "age_s": int() | float() as age_s, "heard": int(heard)}
             }:
+                if peer.beaten_s is not None:
+                    self.gaps.add(hello.member, peer.phase == _BUSY_ONLY_SHORT, peer.heard_s - peer.beaten_s)
+                peer.beaten_s = peer.heard_s
                 peer.step, peer.phase, peer.progress_age_s = step, phase, age_s
                 self._forget_controls(hello.member, heard)
             case {"bye": True}:
