@@ -89,9 +89,7 @@ def test_what_it_loses_is_replaced(start: Start, cluster: AutoscaledCluster, not
         injector.carry_out(parse(line))
         if least < LEAST:
             drive.wait(lambda: drive.states()[-1] == "waiting_for_capacity")
-        drive.wait(
-            lambda count=count: len(drive.recoveries()) > count and drive.recoveries()[-1].world_after == WANTED
-        )
+        drive.wait(lambda count=count: len(drive.recoveries()) > count and drive.recoveries()[-1].world_after == WANTED)
         kept = {*before.items()} & {*drive.journal()["pids"].items()}
         assert len(kept) == least, line
     assert drive.events(EventType.ROLLBACK) == []
