@@ -166,7 +166,6 @@ class Trainer:
             ranks = [rank for rank, member in enumerate(keepers) if member == self.seat.member]
             self.loop.keep(keep.generation, [rank for rank in ranks if rank != self.engine.rank])
             log.info("writes the parts of ranks %s of a checkpoint of step %d", ranks, keep.step)
-            self.link.come_to(keep.step, "kept")
         except Exception as error:  # noqa: BLE001 - `_break` sorts them
             self._break(keep, error)
 
