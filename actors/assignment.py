@@ -22,7 +22,7 @@ def bell_name(session: str, member: int) -> str:
 
 
 def agent_name(session: str, node_id: str) -> str:
-    return f"agent-{session}-{node_id[:8]}"
+    return f"agent-{session}-{node_id}"  # whole: nodes of a provider may begin alike
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,12 @@ class Conductor:
         if self.book.state is not RunState.WAITING_FOR_CAPACITY:
             return ""
         shortage = self.regrouping.generations.shortage
-        return "; ".join(text for text in (shortage.reason if shortage else "", self.recruiter.waiting) if text)
+        found = [text for text in (shortage.reason if shortage else "", self.recruiter.waiting) if text]
+        if found and (saved := max(self.book.newest_checkpoint(), self.plan.resume_step)):
+            found.append(
+                f"its checkpoint is of step {saved}" + (f" of {self.book.step}" if saved < self.book.step else "")
+            )
+        return "; ".join(found)
 
     # -- callbacks of the channel's thread ----------------------------------------------------------------------------
 

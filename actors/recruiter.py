@@ -20,6 +20,7 @@ __all__ = ["Recruiter"]
 log = logging.getLogger("concertina.coordinator")
 
 _LOOK_S = 1.0
+_ASK_S = 5.0
 _MEMORY_OF_LOSSES_S = 600.0
 
 
@@ -30,13 +31,16 @@ class Recruiter:
         self.job, self.hands = plan.job, hands
         self.waiting = ""
         self.wanted = plan.job.cluster.num_workers + plan.job.elastic.spares
-        self._looked = 0.0
+        self._looked = self._asked = 0.0
+        self._beside = 0
         self._losses: dict[str, list[float]] = defaultdict(list)
 
-    def ask(self) -> None:
-        """Tell Ray's autoscaler, if there is one, what the run wants as long as it lasts. Ranks that are placed on
-        nodes that are there make no demand by themselves."""
-        request_resources(bundles=[dict(self.hands.bundle) for _ in range(self.wanted)])
+    def ask(self, beside: int = 0) -> None:
+        """Tell Ray's autoscaler, if there is one, what the run wants as long as it lasts: room for all its members, of
+        which it subtracts what its nodes have, and for `beside` more, which those have that the run cannot use. Ranks
+        that are placed on nodes that are there make no demand by themselves."""
+        self._asked, self._beside = time.monotonic(), beside
+        request_resources(bundles=[dict(self.hands.bundle) for _ in range(self.wanted + beside)])
 
     def withdraw(self) -> None:
         """The run wants nothing any more."""
@@ -72,11 +76,19 @@ class Recruiter:
         self.hands.keep_standbys(barred)
         self._give_up_unborn(now)
         missing = self.wanted - self.hands.room
+        self._ask_again(missing > 0, [node for node in nodes if node.node_id in barred])
         if missing <= 0 and not barred:
             self.waiting = ""
             return
         usable = [node for node in nodes if node.node_id not in barred]
         self._recruit(missing + self._barred_room(barred), usable, barred)
+
+    def _ask_again(self, is_short: bool, barred: list[NodeCapacity]) -> None:
+        """A cluster keeps the newest request only: another run of it that begins or ends takes ours back."""
+        cpus, gpus = self.hands.bundle["CPU"], self.hands.bundle.get("GPU", 0.0)
+        beside = sum(node.most(cpus, gpus) for node in barred)
+        if beside != self._beside or (is_short and time.monotonic() - self._asked > _ASK_S):
+            self.ask(beside)
 
     def _recruit(self, missing: int, nodes: list[NodeCapacity], barred: set[str]) -> None:
         cpus, gpus = self.hands.bundle["CPU"], self.hands.bundle.get("GPU", 0.0)
@@ -88,7 +100,8 @@ class Recruiter:
         for node_id, count in placed.items():
             self.hands.reserve(by_id[node_id], count)
         there = self.hands.room - self._barred_room(barred)
-        self.waiting = "" if there >= self.wanted else str(shortage(nodes, self.wanted, there, cpus, gpus))
+        before = there - sum(placed.values())  # `nodes` were looked at before they were placed
+        self.waiting = "" if there >= self.wanted else str(shortage(nodes, self.wanted, before, cpus, gpus))
 
     def _barred_room(self, barred: set[str]) -> int:
         return sum(r.free for r in self.hands.reservations if r.node_id in barred)

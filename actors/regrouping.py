@@ -7,6 +7,7 @@ recovery took.
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 import time
 from collections.abc import Collection
@@ -22,13 +23,13 @@ from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.choice import seat
 from concertina.elastic.generations import Generations, Order, OrderKind, Restore
 from concertina.elastic.losses import Loss, Reason
-from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Pause, Prepare, Prepared, encode
+from concertina.elastic.messages import Control, Formed, Halt, Halted, Keep, Message, Pause, Prepare, Prepared, encode
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError
 from concertina.layout import Seating
 from concertina.parallel.groups import make_store
-from concertina.state.manifest import list_checkpoints, read_manifest
+from concertina.state.manifest import list_checkpoints, partial_folder, read_manifest
 from concertina.track.events import EventType
 from concertina.track.recovery import Cause, MemberNews, MemberWhat, Recovery
 
@@ -71,6 +72,7 @@ class Regrouping:
         self._unseated_since: float | None = None
         self._complaint_since: float | None = None
         self._too_few: tuple[frozenset[int], bool] | None = None
+        self._kept: Path | None = None  # the newest checkpoint that too few were told to write, as it grows
 
     def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
         found, least = seat(self.plan.job, present, old), self.plan.job.elastic.min_workers
@@ -226,6 +228,8 @@ class Regrouping:
                     self._expect("form")
                 case OrderKind.MOVE:
                     self._move(order)
+                case OrderKind.KEEP:
+                    self._keep(order)
                 case OrderKind.RESTORE:
                     self._restore()
         if self.generations.shortage is not None:
@@ -268,8 +272,23 @@ class Regrouping:
         self._tell(order, replace(order.move, saved=saved, evaluated=evaluated))
         self._expect("form")
 
+    def _keep(self, order: Order) -> None:
+        """Too few are left, and have everything between them: a checkpoint, so that losing them too costs nothing."""
+        move = order.move
+        assert move is not None
+        assert move.source is not None
+        if self._change is not None:
+            self.book.fill(self._change.records, move.step)  # nobody goes back behind it any more
+        if move.step <= max(self.book.newest_checkpoint(), self.plan.resume_step):
+            return
+        self._write_journal()  # its number is used, and what members said before says nothing afterwards
+        self._kept = partial_folder(self.plan.checkpoints, move.step, order.number)
+        self._tell(order, Keep(order.number, move.source, move.present, move.step, move.totals))
+
     def _restore(self) -> None:
         """Nobody has the whole state: the newest checkpoint, or the beginning."""
+        if self._kept is not None:  # who still writes that one must not complete it: its steps may be done again
+            shutil.rmtree(self._kept, ignore_errors=True)
         found = list_checkpoints(self.plan.checkpoints)
         if not self.generations.possible and self.plan.resume_from is None and not found:
             self._do(self.generations.restore(Restore()))

@@ -26,6 +26,7 @@ from concertina.elastic.messages import (
     Formed,
     Halt,
     Halted,
+    Keep,
     Move,
     Pause,
     Prepare,
@@ -66,7 +67,7 @@ class Trainer:
         self._coming: Preparation | None = None
         self._verified: Preparation | None = None  # has its state, and is not known to have been adopted
         self._current: Preparation | None = None  # whose share the engine has
-        self._orders: queue.SimpleQueue[Halt | Move] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Halt | Keep | Move] = queue.SimpleQueue()
         self._last_word: dict[str, Any] | None = None
 
     def _take_memory_ahead(self) -> None:
@@ -106,8 +107,8 @@ class Trainer:
                 early = self._current is None
                 self._coming = Preparation(prepare, self.seat.member, self.engine, options, early)
                 self._coming.start(self.link)
-            case Move() as move:
-                self._orders.put(move)
+            case Keep() | Move() as order:
+                self._orders.put(order)
             case Pause():
                 self.loop.sheet.enter(Bucket.WAITING_FOR_CAPACITY)
                 self._say_time()
@@ -125,7 +126,11 @@ class Trainer:
             order = self._orders.get()
             if isinstance(order, Halt):
                 self._report("")
-            elif order.generation >= self._halted_by:
+            elif order.generation < self._halted_by:
+                continue
+            elif isinstance(order, Keep):
+                self._keep(order)
+            else:
                 self._work(order)
 
     def _work(self, move: Move) -> None:
@@ -150,6 +155,19 @@ class Trainer:
             self._break(move, error)
         finally:
             self.at_work_in = -1
+
+    def _keep(self, keep: Keep) -> None:
+        """Write down what this member has, and what it has of ranks that are lost; it stays as it is."""
+        try:
+            self._bring_up(keep)
+            if self._current is None:
+                return  # it has given its state up since it said that it had it
+            keepers = self._current.seating.keepers(keep.present)
+            ranks = [rank for rank, member in enumerate(keepers) if member == self.seat.member]
+            self.loop.keep(keep.generation, [rank for rank in ranks if rank != self.engine.rank])
+            log.info("writes the parts of ranks %s of a checkpoint of step %d", ranks, keep.step)
+        except Exception as error:  # noqa: BLE001 - `_break` sorts them
+            self._break(keep, error)
 
     def _take_seat(self, move: Move) -> None:
         """Bring the state to where the new seating wants it, and make the new share the engine's."""
@@ -184,8 +202,8 @@ class Trainer:
             self.loop.sheet.enter(Bucket.SPARE)
         self._say_time()
 
-    def _bring_up(self, move: Move) -> None:
-        """To the state that the move starts from: adopt what was only verified, complete the step others have applied,
+    def _bring_up(self, move: Move | Keep) -> None:
+        """To the state that the order starts from: adopt what was only verified, complete the step others have applied,
         or let go of a state that is none of theirs."""
         verified, self._verified = self._verified, None
         if verified is not None and verified.generation == move.source:
@@ -262,7 +280,7 @@ class Trainer:
 
     # -- it is over ---------------------------------------------------------------------------------------------------
 
-    def _break(self, move: Move, error: Exception) -> None:
+    def _break(self, move: Move | Keep, error: Exception) -> None:
         """The generation is over for this member: by its own fault, or because the network or a newer one says so."""
         overtaken = self._halted_by > move.generation
         if overtaken or isinstance(error, (Overtaken, NotPrepared)) or is_communication_failure(error):

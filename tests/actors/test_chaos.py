@@ -21,7 +21,7 @@ from actors.assignment import agent_name, member_name
 from actors.injector import Injector, Strike
 from concertina.elastic.chaos import parse
 from concertina.layout import Seating
-from concertina.state.manifest import list_checkpoints, read_manifest
+from concertina.state.manifest import list_checkpoints, read_manifest, verify
 from concertina.track.events import EventType
 from infra import LocalCluster
 from tests.actors.conftest import Start
@@ -295,17 +295,33 @@ def test_two_at_once(
 def test_too_few_and_back_again(
     start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:
-    """Below elastic.min_workers it waits, with all that survivors hold."""
-    stage = Stage(start(*FOUR, *NO_CHECKPOINT, *PATIENT, "--set", "elastic.min_workers=4"), cluster)
-    count, before = stage.recoveries(), stage.engines()
+    """Below elastic.min_workers it waits, with all that survivors hold. What they hold is a checkpoint soon: that the
+    rest are lost as well, one node and four members of two others, costs no step."""
+    words = ("--set", "cluster.num_workers=6", "--set", "elastic.min_workers=6")
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT, *PATIENT, *words), cluster)
+    drive, count, before = stage.drive, stage.recoveries(), stage.engines()
     victim = stage.injector.scene().find(parse("kill rank=3")).member
     stage.do("kill rank=3")
-    stage.drive.said("waiting for capacity: 3 members are there, elastic.min_workers=4")
-    stage.settles(count, 4)
+    drive.said("waiting for capacity: 5 members are there, elastic.min_workers=6")
+    stage.settles(count, 6)
     kept = {member: facts for member, facts in stage.engines().items() if member in before}
     assert kept == {member: facts for member, facts in before.items() if member != victim}
-    assert stage.drive.states()[-1] == "training"
-    assert stage.drive.events(EventType.ROLLBACK) == []
+    assert drive.states()[-1] == "training"
+
+    count, before = stage.recoveries(), stage.engines()
+    stage.do("kill node=1")
+    drive.wait(lambda: drive.states()[-1] == "waiting_for_capacity")
+    drive.wait(lambda: drive.events(EventType.CHECKPOINT)[-1].step == list(drive.steps())[-1])
+    last = list(drive.steps())[-1]
+    assert verify(list_checkpoints(drive.run.checkpoints)[-1]).step == last
+    drive.said(f"; its checkpoint is of step {last}")
+    for pid in stage.injector.scene().pids.values():
+        os.kill(pid, signal.SIGKILL)
+    stage.do("join")
+    stage.settles(count, 6)
+    assert drive.recoveries()[-1].step == last
+    assert not {*before.items()} & {*stage.engines().items()}
+    assert drive.events(EventType.ROLLBACK) == []
     stage.ends_well(reference, nothing_left)
 
 

@@ -16,9 +16,10 @@ from actors.journal import Journal
 from actors.regrouping import Regrouping
 from concertina.config import Job
 from concertina.elastic.losses import Loss, Reason
-from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Message, Move, Prepare, decode
+from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Keep, Message, Move, Prepare, decode
 from concertina.elastic.states import RunState
 from concertina.layout import Layout
+from concertina.state.manifest import partial_folder
 from concertina.track.events import EventLog, EventType, read_events
 
 pytestmark = pytest.mark.unit
@@ -225,10 +226,46 @@ def test_too_few_wait_and_go_on_when_there_are_enough(tmp_path: Path) -> None:
     assert scene.book.state is RunState.WAITING_FOR_CAPACITY
     for member in (0, 2):
         scene.halted(member, 1, 0, 7)
+    keep = Keep(1, 0, [0, 2], 7, [1.0])
+    assert [order for order in scene.channel.orders if isinstance(order[1], Keep)] == [(0, keep), (2, keep)]
     assert scene.channel.take(Move) == {}
+    assert [event.step for event in scene.events(EventType.STEP)] == [7], (
+        "who resumes from it finds the steps before it"
+    )
+    assert scene.journal.last_generation == 1
     scene.arrive(3)
     assert scene.book.state is RunState.FORMING
+    assert scene.channel.take(Move) == {}, "who was told to keep is asked again"
+    for member in (0, 2):
+        scene.halted(member, 2, 0, 7)
     assert scene.channel.take(Move)[3].source == 0
     scene.formed(2, 7, 0, 2, 3)
     assert scene.book.state is RunState.TRAINING
+    scene.log.close()
+
+
+def test_what_is_in_a_checkpoint_is_not_written_again_and_a_past_that_is_given_up_is_not_completed(
+    tmp_path: Path,
+) -> None:
+    scene = Scene(tmp_path, min_workers=3)
+    scene.trains()
+    scene.book._written[EventType.CHECKPOINT] = 7
+    scene.lose(1)
+    for member in (0, 2):
+        scene.halted(member, 1, 0, 7)
+    assert scene.channel.take(Keep) == {}
+    scene.arrive(3)
+    for member in (0, 2):
+        scene.halted(member, 2, 0, 7)
+    scene.formed(2, 7, 0, 2, 3)
+    scene.lose(3)
+    for member in (0, 2):
+        scene.halted(member, 3, 2, 8)
+    assert scene.channel.take(Keep)[0] == Keep(3, 2, [0, 2], 8, [1.0])
+    growing = partial_folder(scene.plan.checkpoints, 8, 3)
+    growing.mkdir()
+    scene.lose(0, 2)
+    scene.arrive(4, 5, 6)
+    assert not growing.exists()
+    assert scene.channel.take(Move)[4].source is None
     scene.log.close()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Move, Prepare, Prepared
+from concertina.elastic.messages import Control, Formed, Halt, Halted, Keep, Message, Move, Prepare, Prepared
 from concertina.layout import Seating
 
 __all__ = ["Broken", "Chain", "Member", "Net", "NotPrepared", "Overtaken", "Preparation", "Wait"]
@@ -100,10 +100,11 @@ class Member:
         self.coming: Preparation | None = None
         self.verified: Preparation | None = None
         self.current: Preparation | None = None
-        self.orders: deque[Halt | Move] = deque()
+        self.orders: deque[Halt | Keep | Move] = deque()
         self.pending: int | None = None
         self.last_totals: tuple[int, list[float]] | None = None
         self.applications: list[tuple[int, int]] = []  # (generation of the sum, step), for the observer
+        self.written: dict[int, dict[int, Chain]] = {}  # parts of checkpoints, by number and rank
         self.thread = self._obey()
         self.waits = next(self.thread)
 
@@ -142,7 +143,7 @@ class Member:
                 self.coming = Preparation(order.generation, seating, net, share)
                 self.preparing.append(self.coming)
                 net.joined.setdefault(("prepare",), set()).add(self.number)
-            case Move():
+            case Keep() | Move():
                 self.orders.append(order)
 
     def _fence(self, generation: int) -> None:
@@ -169,7 +170,11 @@ class Member:
             order = self.orders.popleft()
             if isinstance(order, Halt):
                 self._report("")
-            elif order.generation >= self.halted_by:
+            elif order.generation < self.halted_by:
+                continue
+            elif isinstance(order, Keep):
+                yield from self._keep(order)
+            else:
                 yield from self._work(order)
 
     def _work(self, move: Move) -> Thread:
@@ -184,6 +189,17 @@ class Member:
             self._report("" if overtaken else type(error).__name__, move.generation)
         finally:
             self.at_work_in = -1
+
+    def _keep(self, keep: Keep) -> Thread:
+        self._bring_up(keep)
+        yield Wait()
+        share = self.share
+        if share is None:
+            return
+        keepers = share.seating.keepers(keep.present)
+        for rank, chain in share.shards.items():
+            if keepers[rank] == self.number:
+                self.written.setdefault(keep.generation, {})[rank] = chain
 
     def _take_seat(self, move: Move) -> Thread:
         coming = self.coming
@@ -207,7 +223,7 @@ class Member:
         self.say(Formed(self.number, move.generation, move.step))
         self.at_work_in = move.generation
 
-    def _bring_up(self, move: Move) -> None:
+    def _bring_up(self, move: Move | Keep) -> None:
         verified, self.verified = self.verified, None
         if verified is not None and verified.generation == move.source:
             assert verified.share is not None

@@ -14,7 +14,7 @@ from random import Random
 
 from concertina.elastic.choice import take_seats
 from concertina.elastic.generations import Generations, Order, OrderKind, Restore
-from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Move, Prepare, Prepared
+from concertina.elastic.messages import Control, Formed, Halt, Halted, Keep, Message, Move, Prepare, Prepared
 from concertina.errors import CapacityError
 from concertina.layout import Layout, Seating
 from tests.elastic.simulated_member import Broken, Chain, Member, Net, Wait
@@ -26,9 +26,9 @@ LEAST = 2
 Action = Callable[[], None]
 
 
-def seats(present: dict[int, str], old: Seating | None) -> Seating:
-    """As the run's policy does. With fewer than `LEAST` members there is none."""
-    worlds = [world for world in WORLDS if LEAST <= world <= len(present)]
+def seats(present: dict[int, str], old: Seating | None, least: int = LEAST) -> Seating:
+    """As the run's policy does. With fewer than `least` members there is none."""
+    worlds = [world for world in WORLDS if least <= world <= len(present)]
     if not worlds:
         raise CapacityError(f"{len(present)} members are there")
     return take_seats(Layout(worlds[-1]), present, old)
@@ -47,9 +47,9 @@ class Channel:
 class Run:
     """`kind` is the class under test. `fails`: how often a network may still fail although nobody is lost."""
 
-    def __init__(self, kind: type[Generations] = Generations, members: int = 4, seat=seats) -> None:
-        self.kind, self.seat = kind, seat
-        self.generations = kind(seat)
+    def __init__(self, kind: type[Generations] = Generations, members: int = 4, least: int = LEAST) -> None:
+        self.kind, self.least, self.seat = kind, least, partial(seats, least=least)
+        self.generations = kind(self.seat)
         self.members: dict[int, Member] = {}
         self.channels: dict[int, Channel] = {}
         self.nodes: dict[int, str] = {}
@@ -58,7 +58,8 @@ class Run:
         self.journal: tuple[dict[int, Seating], int] = ({}, -1)
         self.committed: Chain = ()
         self.numbers: list[int] = []
-        self.restored = 0
+        self.restored = self.kept = 0
+        self.keeping: dict[int, tuple[Seating, int]] = {}  # by number: of which ranks, and of which step
         self._dead: set[int] = set()
         for _ in range(members):
             self.join()
@@ -79,6 +80,8 @@ class Run:
                     self._check_move(order.move)
                     self._write_journal()
                     self._tell(order, order.move)
+                case OrderKind.KEEP:
+                    self._keep(order)
                 case OrderKind.RESTORE:
                     self._restore()
         self._check_bounds()
@@ -97,8 +100,20 @@ class Run:
             if not self.members[member].expelled:
                 self.channels[member].orders.append(message)
 
+    def _keep(self, order: Order) -> None:
+        move = order.move
+        assert move is not None
+        assert move.source is not None
+        self._check_move(move)
+        assert order.number not in (*self.numbers, *self.keeping)
+        self.keeping[order.number] = self.generations.possible[move.source], move.step
+        self._write_journal()
+        self._tell(order, Keep(order.number, move.source, move.present, move.step, move.totals))
+
     def _restore(self) -> None:
         self._check_restore()
+        for member in self.members.values():
+            member.written.clear()
         self.restored += bool(self.generations.possible)
         name = max(self.checkpoints, key=lambda name: len(self.checkpoints[name]), default=None)
         chain = self.checkpoints[name] if name is not None else ()
@@ -124,7 +139,7 @@ class Run:
         generations = self.generations
         nothing = not generations.possible and generations.coming is None
         if nothing or generations.shortage is not None:
-            if len(generations.present) >= LEAST:
+            if len(generations.present) >= self.least:
                 self._do(generations.begin())
         elif generations.is_stuck:
             self._do(generations.begin())
@@ -247,10 +262,28 @@ class Run:
         share = member.share
         if share is not None and share.whole:
             assert len(set(share.shards.values())) == 1, f"member {member.number} holds {share.shards}"
+        self._look_at_kept()
         if waited.op[:1] == ("agree",) and len(member.applications) > before:
             self._commit(member, member.chain[:-1])
         if member.current is not None and share is not None and share.whole and member.applied % 3 == 0:
             self._save(member)
+
+    def _look_at_kept(self) -> None:
+        """A checkpoint that those who are too few have written, each his parts, is complete; and each part is there
+        once, and all are of one moment."""
+        for number, (seating, step) in self.keeping.items():
+            parts = [part for m in self.members.values() for part in m.written.get(number, {}).items()]
+            ranks = [rank for rank, _ in parts]
+            assert len(set(ranks)) == len(ranks), f"two members have written the same part: {parts}"
+            if len(ranks) == seating.layout.world and f"kept {number}" not in self.checkpoints:
+                chains = {chain for _, chain in parts}
+                assert len(chains) == 1, f"parts of several histories are one checkpoint: {chains}"
+                (chain,) = chains
+                assert len(chain) == step
+                agreed = min(len(chain), len(self.committed))
+                assert chain[:agreed] == self.committed[:agreed]
+                self.checkpoints[f"kept {number}"] = chain
+                self.kept += 1
 
     def _commit(self, member: Member, chain: Chain) -> None:
         """The all-reduce of a step has come through: the one before is committed."""
@@ -316,7 +349,7 @@ class Run:
             member.frozen = False
         while self.lost:
             self.lose(*self.lost)
-        while len(self.generations.present) < LEAST:
+        while len(self.generations.present) < self.least:
             self.join()
         goal: int | None = None
         chance = Random(0)

@@ -9,6 +9,7 @@ import inspect
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -23,11 +24,12 @@ from tests.elastic.simulated_run import LEAST, Run, seats
 
 pytestmark = pytest.mark.unit
 
-HALT, PREPARE, STOP, MOVE, RESTORE = (
+HALT, PREPARE, STOP, MOVE, KEEP, RESTORE = (
     OrderKind.HALT,
     OrderKind.PREPARE,
     OrderKind.STOP,
     OrderKind.MOVE,
+    OrderKind.KEEP,
     OrderKind.RESTORE,
 )
 
@@ -204,12 +206,34 @@ def test_a_shortage_keeps_what_is_known_and_ends_when_members_come() -> None:
     generations = trained(2)
     assert kinds(generations.lose([1])) == [HALT]
     assert generations.shortage is not None
-    generations.halt(said(0, 0, 7))
+    (order,) = generations.halt(said(0, 0, 7))
+    assert order.move is not None
+    assert (order.kind, order.number, order.members) == (KEEP, 1, (0,))
+    assert (order.move.source, order.move.step, order.move.present) == (0, 7, [0])
+    assert generations.halt(said(0, 0, 7)) == [], "once"
     generations.arrive(2, "node 2")
-    orders = generations.begin()
-    assert kinds(orders) == [HALT, PREPARE, MOVE]
-    assert orders[-1].move is not None
-    assert (orders[-1].number, orders[-1].move.source, orders[-1].move.present) == (2, 0, [0])
+    assert kinds(generations.begin()) == [HALT, PREPARE]
+    (order,) = generations.halt(said(0, 0, 7))
+    assert order.move is not None
+    assert (order.kind, order.number, order.move.source, order.move.present) == (MOVE, 2, 0, [0])
+
+
+def test_in_a_shortage_nothing_is_kept_that_is_not_complete() -> None:
+    generations = Generations(partial(seats, least=3))
+    for member in range(4):
+        generations.arrive(member, f"node {member}")
+    generations.begin()
+    generations.restore(Restore())
+    form(generations, 0)
+    seating = generations.seating
+    assert seating is not None
+    second = seating.seconds[0]
+    assert second is not None
+    generations.lose([seating.members[0], seating.members[second]])
+    left = sorted(generations.present)
+    assert generations.halt(said(left[0], 0, 7)) == []
+    assert generations.halt(said(left[1], 0, 7)) == []
+    assert generations.possible.keys() == {0}, "nothing is given up before somebody is there to go on"
 
 
 def test_messages_of_other_generations_and_of_the_lost_say_nothing() -> None:
@@ -341,10 +365,10 @@ def befall(run: Run, fault: str, chance: Random) -> None:
             run.lose(chance.choice(run.lost))
 
 
-def live(seed: int, kind: type[Generations] = Generations, length: int = 400) -> Run:
+def live(seed: int, kind: type[Generations] = Generations, length: int = 400, least: int = LEAST) -> Run:
     """One run: faults seldom or often, mostly several close together, then peace."""
     chance = Random(seed)
-    run = Run(kind, chance.choice([LEAST, 3, 4, 5]))
+    run = Run(kind, chance.choice([2, 3, 4, 5]), least)
     weights = [weight * chance.choice([0, 1, 1, 3]) for weight in FAULTS.values()]
     weights[-1] = FAULTS["notice"]
     rate, burst = chance.choice([0.003, 0.01, 0.03]), 0
@@ -364,6 +388,12 @@ def test_no_seed_breaks_a_run() -> None:
     assert sum(len(run.committed) for run in runs) > 1000, "they hardly trained"
     assert sum(len(run.numbers) for run in runs) > 300, "hardly anything befell them"
     assert sum(run.restored for run in runs) > 3, "no run lost its state"
+
+
+def test_no_seed_breaks_a_run_that_waits_with_all_it_has() -> None:
+    runs = [live(seed, least=4) for seed in range(100)]
+    assert sum(len(run.committed) for run in runs) > 300, "they hardly trained"
+    assert sum(run.kept for run in runs) > 10, "they wrote no checkpoints while they were too few"
 
 
 def test_a_spare_may_be_the_only_one_that_knows_of_a_generation() -> None:
@@ -389,7 +419,7 @@ MUTATIONS = {
     ),
     "a generation that was overtaken while it moved is forgotten": (
         "            self.reports.clear()\n",
-        "            self.reports.clear()\n            self.possible.pop(self.coming.number, None)\n",
+        "            self.reports.clear()\n            moving and self.possible.pop(self.coming.number, None)\n",
     ),
     "the oldest step is taken": ("max(report.step for report in adopted)", "min(report.step for report in adopted)"),
     "who has only verified counts for nothing": (

@@ -79,6 +79,20 @@ def test_a_piece_of_a_longer_segment_is_written_alone(tmp_path: Path) -> None:
     assert verify(checkpoint_folder(tmp_path, 10)).bytes < 2 * 4 * 64 * 33
 
 
+def test_the_parts_of_ranks_that_are_lost_are_written_beside_its_own(tmp_path: Path) -> None:
+    told, halves = Told(), torch.randn(SHAPE)
+    boxes = [Box((0, 0), (32, 33)), Box((32, 0), SHAPE)]
+    first, second = ({"master/w": BoxedTensor(halves[box.slices()], box, SHAPE)} for box in boxes)
+    saver = Saver(tmp_path, 1, 2, 0, told)
+    saver.start(10, second)
+    saver.wait()
+    assert commit(tmp_path, 10, 0, {}) is None
+    saver.start(10, second, {0: first})
+    saver.wait()
+    assert [part.rank for _, part in told.parts] == [1, 1, 0]
+    assert torch.equal(written(tmp_path, 10), halves)
+
+
 def test_one_step_at_a_time(tmp_path: Path) -> None:
     told = Told()
     told.gate.clear()

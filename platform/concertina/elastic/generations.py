@@ -30,13 +30,15 @@ class OrderKind(StrEnum):
     STOP = "stop"
     """At the next step boundary: a word to the first rank."""
     MOVE = "move"
+    KEEP = "keep"
+    """There are too few to go on, and the state is complete among them: it shall be written down where it is."""
     RESTORE = "restore"
     """The state is not complete among who is left: the caller says from which checkpoint to go on."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """To `members`, for generation `number`. `move` goes with MOVE only."""
+    """To `members`, for generation `number`. `move` goes with MOVE, and with KEEP, where nothing moves."""
 
     kind: OrderKind
     number: int
@@ -91,6 +93,7 @@ class Generations:
         self._answering = -1  # reports that answer an older HALT say nothing any more
         self._adopted = -1  # by every rank, and nobody was told to leave it: what they say of it holds
         self._restore: Restore | None = None
+        self._kept = False  # since `begin`
 
     @property
     def seating(self) -> Seating | None:
@@ -143,9 +146,11 @@ class Generations:
         planned = planned and self.trains
         self.last_number += 1
         number = self.last_number
-        if self.coming is not None and self.coming.moving:  # who was told to move may have moved
+        moving = self.coming is not None and self.coming.moving
+        if moving or self._kept:  # who was told to move may have moved, and who was told to keep has adopted
             self.reports.clear()
             self._answering, self._adopted = number, -1
+        self._kept = False
         told = {m for seating in self.possible.values() for m in seating.roster if m in self.present}
         orders = [Order(OrderKind.HALT, number, tuple(sorted(told)))] if told and not planned else []
         self.coming = None
@@ -221,7 +226,9 @@ class Generations:
 
     def _advance(self) -> list[Order]:
         coming = self.coming
-        if coming is None or coming.moving:
+        if coming is None:
+            return self._keep()
+        if coming.moving:
             return []
         orders = []
         if coming.planned and not coming.stopping:
@@ -231,12 +238,24 @@ class Generations:
             orders.append(Order(OrderKind.STOP, coming.number, (self.possible[max(self.possible)].members[0],)))
         if not self.holders.issubset(self.reports):
             return orders
-        move = self._agree(coming)
+        move = self._agree(coming.number)
         if move is None:
             return [*orders, Order(OrderKind.RESTORE, coming.number)]
         coming.moving = True
+        if move.source is not None:  # of a later one all have said that they have not adopted it, nor will
+            self.possible = {move.source: self.possible[move.source]}
         self.possible[coming.number] = coming.seating
         return [*orders, Order(OrderKind.MOVE, coming.number, coming.seating.roster, move)]
+
+    def _keep(self) -> list[Order]:
+        """In a shortage, when all have said what they have."""
+        if self.shortage is None or self._kept or not self.holders or not self.holders.issubset(self.reports):
+            return []
+        move = self._agree(self.last_number)
+        if move is None:
+            return []
+        self._kept = True
+        return [Order(OrderKind.KEEP, self.last_number, tuple(move.present), move)]
 
     @property
     def holders(self) -> set[int]:
@@ -246,25 +265,24 @@ class Generations:
             return {m for seating in self.possible.values() for m in seating.roster if m in self.present}
         return self._ranks().intersection(self.present)
 
-    def _agree(self, coming: Coming) -> Move | None:
+    def _agree(self, number: int) -> Move | None:
         """Where the state is and at which step; None when it is not complete."""
         holding = [report for report in self.reports.values() if report.generation in self.possible]
         if not holding:
             found = self._restore
-            return None if found is None else Move(coming.number, checkpoint=found.checkpoint, step=found.step)
+            return None if found is None else Move(number, checkpoint=found.checkpoint, step=found.step)
         source = max(report.generation for report in holding)
         seating = self.possible[source]
-        self.possible = {source: seating}  # of a later one all have said that they have not adopted it, nor will
         adopted = [report for report in holding if report.generation == source]
         step = max(report.step for report in adopted)
         newest = next(report for report in adopted if report.step == step)
         able = {r.member for r in adopted if step in (r.step, r.pending)}
         able |= {report.member for report in self.reports.values() if report.verified == source}
         able.intersection_update(seating.members)
-        if not _complete(seating, able):
+        if None in seating.keepers(able):
             return None
         return Move(
-            generation=coming.number,
+            generation=number,
             source=source,
             seating=seating.to_json(),
             present=sorted(able),
@@ -273,12 +291,3 @@ class Generations:
             totals=newest.totals,
             evaluated=max(report.evaluated for report in adopted),
         )
-
-
-def _complete(seating: Seating, able: set[int]) -> bool:
-    """Whether of every rank the first or the second owner is among `able`."""
-    for rank, member in enumerate(seating.members):
-        second = seating.seconds[rank]
-        if member not in able and (second is None or seating.members[second] not in able):
-            return False
-    return True

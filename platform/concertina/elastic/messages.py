@@ -18,6 +18,7 @@ __all__ = [
     "Formed",
     "Halt",
     "Halted",
+    "Keep",
     "Message",
     "Move",
     "PartWritten",
@@ -175,6 +176,21 @@ class Control(Message):
 @dataclass(frozen=True)
 class Pause(Message):
     """Coordinator to members that have halted: there are too few of you, keep what you have."""
+
+
+@dataclass(frozen=True)
+class Keep(Message):
+    """Coordinator to members that have halted and are too few: the `present` ones have all of generation `source` at
+    `step` between them; write it to a checkpoint, and stay halted. Who is one behind completes it with `totals`.
+
+    `generation` is a number of its own, which no generation that trains has.
+    """
+
+    generation: int
+    source: int
+    present: list[int]
+    step: int
+    totals: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class NodeCapacity:
         """Members that fit into what is free."""
         return _fit(self.free_cpus, self.free_gpus, cpus, gpus)
 
+    def most(self, cpus: float, gpus: float) -> int:
+        """Members that would fit if all of it were free."""
+        return _fit(self.total_cpus, self.total_gpus, cpus, gpus)
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -68,7 +72,7 @@ def place(
 def shortage(nodes: list[NodeCapacity], wanted: int, held: int, cpus: float, gpus: float) -> Shortage:
     """What is missing to `wanted` members when `held` are there or on their way."""
     free = sum(node.workers(cpus, gpus) for node in nodes)
-    possible = sum(_fit(node.total_cpus, node.total_gpus, cpus, gpus) for node in nodes)
+    possible = sum(node.most(cpus, gpus) for node in nodes)
     return Shortage(wanted, min(wanted, free + held), possible, len(nodes), cpus, gpus)
 
 

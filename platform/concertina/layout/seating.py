@@ -5,6 +5,7 @@ A *member* is one process of a run, numbered for life; its *rank* is its seat in
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +45,14 @@ class Seating:
     def firsts(self, rank: int) -> tuple[int, ...]:
         """The ranks whose second copies `rank` owns, ascending."""
         return tuple(first for first, second in enumerate(self.seconds) if second == rank)
+
+    def keepers(self, present: Collection[int]) -> tuple[int | None, ...]:
+        """Who of `present` has each rank's shard: its first owner, else its second; None where neither is here."""
+        seconds = (None if second is None else self.members[second] for second in self.seconds)
+        return tuple(
+            first if first in present else second if second in present else None
+            for first, second in zip(self.members, seconds, strict=True)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` makes a seating of."""

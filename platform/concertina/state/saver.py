@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from concertina.state.checkpoint import write_part
 from concertina.state.manifest import Part, partial_folder
 
 __all__ = ["Saver"]
+
+log = logging.getLogger("concertina.state")
+
+State = dict[str, BoxedTensor]
 
 
 @dataclass(frozen=True)
@@ -34,23 +39,23 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: ConcertinaError | OSError | RuntimeError | None = None
 
-    def start(self, step: int, state: dict[str, BoxedTensor]) -> None:
-        """Copy `state` to host memory now and write it in the background; waits for the step before it."""
+    def start(self, step: int, state: State, others: Mapping[int, State] | None = None) -> None:
+        """Copy `state` to host memory now and write it in the background; waits for the step before it. `others`: the
+        state of ranks that are lost, whose parts this one writes too."""
         self.wait()
-        copies = {
-            key: BoxedTensor(boxed.piece.detach().to("cpu", copy=True), boxed.box, tuple(boxed.shape))
-            for key, boxed in state.items()
-        }
+        copies = {rank: _copied(part) for rank, part in {self.place.rank: state, **(others or {})}.items()}
         self._thread = threading.Thread(target=self._write, args=(step, copies), name=f"checkpoint-{step}")
         self._thread.start()
 
-    def _write(self, step: int, state: dict[str, BoxedTensor]) -> None:
+    def _write(self, step: int, parts: dict[int, State]) -> None:
         place = self.place
         folder = partial_folder(place.root, step, place.generation)
         try:
-            part = write_part(folder, state, rank=place.rank, world=place.world, generation=place.generation)
-            self.on_part(step, part)
+            for rank, state in parts.items():
+                part = write_part(folder, state, rank=rank, world=place.world, generation=place.generation)
+                self.on_part(step, part)
         except (ConcertinaError, OSError, RuntimeError) as error:  # a full disk surfaces as any of them
+            log.warning("the checkpoint of step %d could not be written: %s", step, error)
             self._error = error
 
     def wait(self, timeout_s: float = 600.0) -> None:
@@ -64,3 +69,10 @@ class Saver:
         error, self._error = self._error, None
         if error is not None:
             raise CheckpointError(f"{self.place.root}: could not write: {error}")
+
+
+def _copied(state: State) -> State:
+    return {
+        key: BoxedTensor(boxed.piece.detach().to("cpu", copy=True), boxed.box, tuple(boxed.shape))
+        for key, boxed in state.items()
+    }

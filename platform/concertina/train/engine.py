@@ -353,14 +353,17 @@ class Engine:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, BoxedTensor]:
+    def state(self, rank: int | None = None) -> dict[str, BoxedTensor]:
         """The live boxes this rank owns: master weights and both moments of its optimizer shards, and, on the first
-        rank of a stage, what all its ranks hold alike."""
+        rank of a stage, what all its ranks hold alike. With another `rank`, of which this one is second owner, what
+        that one owns: the same numbers."""
+        rank = self.rank if rank is None else rank
+        owner = self.optimizer if rank == self.rank else self.share.seconds.copies[rank]
         pieces = {
             key: BoxedTensor(view, box, self.shards[key.split("/", 1)[1]].global_shape)
-            for key, (box, view) in self.optimizer.pieces().items()
+            for key, (box, view) in owner.pieces().items()
         }
-        return pieces | (self._held_alike() if self.groups[STAGE].rank == 0 else {})
+        return pieces | (self._held_alike() if rank == self.groups[STAGE].ranks[0] else {})
 
     def _held_alike(self) -> dict[str, BoxedTensor]:
         """The routers' biases, whole."""

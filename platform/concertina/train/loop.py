@@ -8,6 +8,7 @@ begins one, `run` trains until the end or until the generation is over.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -214,6 +215,21 @@ class Loop:
 
     def _part_written(self, step: int, part: Part) -> None:
         self.link.send(PartWritten(part.rank, part.generation, step, self.last_facts))
+
+    def keep(self, number: int, ranks: Iterable[int]) -> None:
+        """Write a checkpoint of the last applied step under a number of its own: this rank's part and those of `ranks`,
+        which are lost and of which it is second owner. The world stands still; no collective, and nobody is waited for.
+
+        Whatever generation comes next writes under another number: each is complete by itself, or never.
+        """
+        engine, facts = self.engine, self.engine.facts()
+
+        def written(step: int, part: Part) -> None:
+            self.link.send(PartWritten(part.rank, part.generation, step, facts))
+
+        with self.sheet.spend(Bucket.CHECKPOINT_STALL):
+            saver = Saver(self.root, engine.rank, engine.layout.world, number, written)
+            saver.start(engine.applied, engine.state(), {rank: engine.state(rank) for rank in ranks})
 
     def _finish(self) -> None:
         """Commit the last step and leave a checkpoint of it."""
