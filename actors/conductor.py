@@ -148,8 +148,9 @@ class Conductor:
         """Wait for news, at most a turn, and look at everything."""
         self._wake.wait(self.regrouping.turn_s(TURN_S))
         self._wake.clear()
-        if self._broken is not None:
-            raise self._broken
+        broken = self._broken or self.server.broken
+        if broken is not None:
+            raise broken
         now = time.monotonic()
         late_s, self._turned = now - self._turned, now
         if now - self._renewed > LEASE_EVERY_S:

@@ -63,8 +63,8 @@ class Hall:
     def __init__(self) -> None:
         self._closers: list[Callable[[], None]] = []
 
-    def server(self, ear: Ear, received: dict[str, int] | None = None) -> ChannelServer:
-        server = ChannelServer(LOOPBACK, TOKEN, ear.heard, ear.lost, received)
+    def server(self, ear: Ear, received: dict[str, int] | None = None, heard: Any = None) -> ChannelServer:
+        server = ChannelServer(LOOPBACK, TOKEN, heard or ear.heard, ear.lost, received)
         self._closers.append(server.close)
         return server
 
@@ -177,6 +177,7 @@ def test_a_false_server_hears_nothing(hall: Hall) -> None:
     assert client.silent_s > 0
 
 
+HELLO = {"member": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0}
 GARBAGE = {
     "http": b"GET / HTTP/1.1\r\n\r\n",
     "bytes": b"\x00\xff\n",
@@ -184,6 +185,8 @@ GARBAGE = {
     "list": b"[]\n",
     "long": b"x" * 10_000,
     "types": b'{"hello": {"member": "0"}}\n',
+    "half a character": b'{"hello": %s, "nonce": "n", "mac": "\\ud800"}\n' % json.dumps(HELLO).encode(),
+    "deep nonce": b'{"hello": %s, "nonce": %s, "mac": "m"}\n' % (json.dumps(HELLO).encode(), b"[" * 970 + b"]" * 970),
     "a rank of old": b'{"hello": {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": ""}}\n',
 }
 
@@ -200,6 +203,49 @@ def test_garbage_is_cut_off_and_harms_nobody(hall: Hall, garbage: bytes) -> None
     client.send({"still": "here"})
     assert client.flush(timedelta(seconds=20))
     assert ear.messages == [{"still": "here"}]
+    assert server.broken is None
+
+
+def test_a_member_that_is_expelled_while_it_hears_harms_nobody(hall: Hall) -> None:
+    """Its connection is closed in the same turn of the server's thread in which it could be written to again."""
+    ear, entered, gate = Ear(), threading.Event(), threading.Event()
+
+    def heard(member: int, document: dict[str, Any]) -> None:
+        if "wait" in document:
+            entered.set()
+            gate.wait(20)
+        ear.heard(member, document)
+
+    server = hall.server(ear, heard=heard)
+    client, _ = hall.client(server.address, member=1)
+    slow = greet(server.address, member=0)
+    slow.settimeout(20)
+    wait_until(lambda: set(server.connected()) == {0, 1})
+    while not server._peers[0].out:  # till the sockets are full: the rest waits until it can be written to
+        server.send(0, {"more": "x" * 2**16})
+        wait_until(lambda: server._tasks.empty())
+    client.send({"wait": True})
+    assert entered.wait(20)
+    server.expel(0)
+    threading.Timer(0.3, gate.set).start()
+    assert is_closed(slow)
+    client.send({"still": "here"})
+    assert client.flush(timedelta(seconds=20))
+    assert server.broken is None
+
+
+def test_a_server_that_cannot_go_on_says_why(hall: Hall) -> None:
+    """What a callback raises is the end of it: who listens there must know that nobody does any more."""
+
+    def heard(member: int, document: dict[str, Any]) -> None:
+        raise OSError("the disk is full")
+
+    server = hall.server(Ear(), heard=heard)
+    client, _ = hall.client(server.address)
+    assert server.broken is None
+    client.send({"write": "this"})
+    wait_until(lambda: isinstance(server.broken, OSError))
+    assert not client.flush(timedelta(seconds=0.1)), "it is not acknowledged"
 
 
 def test_silent_strangers_hold_up_nobody_and_are_dropped(hall: Hall) -> None:

@@ -57,6 +57,10 @@ class Silence:
         return self.seconds > BOUNDS[name].seconds
 
 
+class _CallbackRaised(Exception):
+    """Not a connection's fault."""
+
+
 @dataclass
 class _Peer:
     """One connection. `hello` is None until it has proved itself."""
@@ -77,7 +81,7 @@ class ChannelServer:
     """Listens on one address of this node from the start. Callbacks come from its thread, in each member's order.
 
     `heard(member, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
-    this process must be on disk by then. `lost(member, evidence)` comes when an established connection ends without a
+    this process must be on disk by then. What it raises ends the server, `broken` says it. `lost(member, evidence)` comes when an established connection ends without a
     goodbye, evidence "reset", "eof", "timeout" or "garbage"; the member may connect again.
     `received` is what an earlier server's `received` said: no message comes twice over a restart.
     """
@@ -95,6 +99,8 @@ class ChannelServer:
         self._token = token
         self._expelled: set[int] = set()
         self.recorded = 0
+        self.broken: BaseException | None = None
+        """Why the thread has ended, if not by `close`: nobody is heard any more."""
         self._heard, self._lost = heard, lost
         self._received = dict(received or {})
         self._name = new_nonce()
@@ -167,6 +173,9 @@ class ChannelServer:
                 for key, events in self._selector.select(_TICK_S):
                     self._handle(key, events)
                 self._drop_late_greetings()
+        except BaseException as error:
+            self.broken = error.__cause__ if isinstance(error, _CallbackRaised) else error
+            log.exception("the channel ends")
         finally:
             for held in [*self._selector.get_map().values()]:
                 held.fileobj.close()  # type: ignore[union-attr]
@@ -201,6 +210,8 @@ class ChannelServer:
         self._write(peer, {"nonce": peer.nonce, "server": self._name})
 
     def _converse(self, peer: _Peer, events: int) -> None:
+        if peer.connection.fileno() < 0:
+            return  # closed earlier in this turn
         try:
             if events & selectors.EVENT_WRITE:
                 self._flush(peer)
@@ -214,6 +225,12 @@ class ChannelServer:
         except OSError as error:
             log.warning("a connection ends: %s", error)
             self._drop(peer, "timeout")
+        except _CallbackRaised:
+            raise
+        except Exception:
+            # Whatever somebody sends, also one who has proved nothing: it ends no other's connection.
+            log.exception("a connection is closed")
+            self._drop(peer, "garbage")
 
     def _read(self, peer: _Peer) -> None:
         try:
@@ -261,7 +278,10 @@ class ChannelServer:
         match document:
             case {"seq": int(number), "say": dict(said)}:
                 if number > self._received.get(hello.incarnation, 0):
-                    self._heard(hello.member, said)
+                    try:
+                        self._heard(hello.member, said)
+                    except Exception as error:
+                        raise _CallbackRaised from error
                     self._received[hello.incarnation] = number
             case {
                 "beat": {"step": int(step), "phase": str(phase), "age_s": int() | float() as age_s, "heard": int(heard)}
