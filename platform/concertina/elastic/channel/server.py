@@ -81,8 +81,9 @@ class ChannelServer:
     """Listens on one address of this node from the start. Callbacks come from its thread, in each member's order.
 
     `heard(member, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
-    this process must be on disk by then. What it raises ends the server, `broken` says it. `lost(member, evidence)` comes when an established connection ends without a
-    goodbye, evidence "reset", "eof", "timeout" or "garbage"; the member may connect again.
+    this process must be on disk by then. What it raises ends the server: `broken`. `lost(member, evidence)` comes when
+    an established connection ends without a goodbye, evidence "reset", "eof", "timeout" or "garbage"; the member may
+    connect again.
     `received` is what an earlier server's `received` said: no message comes twice over a restart.
     """
 
