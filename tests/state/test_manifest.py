@@ -140,6 +140,13 @@ def test_as_many_elements_are_not_enough(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
 
 
+def test_facts_of_another_step_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, 10, halves())
+    with pytest.raises(CheckpointError, match="facts of step 15 cannot stand beside the weights of step 10"):
+        commit(tmp_path, 10, 0, {"step": 15})
+    assert commit(tmp_path, 10, 0, {"step": 10}) is not None
+
+
 # -- killed at any moment ----------------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,12 @@ def record_part(folder: Path, part: Part) -> None:
 
 
 def commit(root: Path, step: int, generation: int, facts: dict[str, Any]) -> Manifest | None:
-    """Complete a checkpoint if every rank's part is there; None while parts are missing. One process calls it."""
+    """Complete a checkpoint if every rank's part is there; None while parts are missing. One process calls it.
+
+    Raises CheckpointError when parts do not make up the whole, or `facts` are another step's.
+    """
+    if facts.get("step", step) != step:
+        raise CheckpointError(f"{root}: facts of step {facts['step']} cannot stand beside the weights of step {step}")
     partial, final = partial_folder(root, step, generation), checkpoint_folder(root, step)
     parts = [Part.model_validate_json(path.read_text()) for path in sorted(partial.glob("part-*.json"))]
     if not parts or len(parts) < parts[0].world:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from concertina.errors import CheckpointError, ConcertinaError
 from concertina.state.boxed import BoxedTensor
@@ -24,32 +25,38 @@ class _Place:
 
 
 class Saver:
-    """Writes this rank's parts, one step at a time. `on_part(step, part)` is called from the writing thread."""
+    """Writes this rank's parts, one step at a time. `on_part(step, part, facts)` is called from the writing thread."""
 
     def __init__(
-        self, root: Path, rank: int, world: int, generation: int, on_part: Callable[[int, Part], None]
+        self,
+        root: Path,
+        rank: int,
+        world: int,
+        generation: int,
+        on_part: Callable[[int, Part, dict[str, Any]], None],
     ) -> None:
         self.place = _Place(root, rank, world, generation)
         self.on_part = on_part
         self._thread: threading.Thread | None = None
         self._error: ConcertinaError | OSError | RuntimeError | None = None
 
-    def start(self, step: int, state: dict[str, BoxedTensor]) -> None:
-        """Copy `state` to host memory now and write it in the background; waits for the step before it."""
+    def start(self, step: int, state: dict[str, BoxedTensor], facts: dict[str, Any]) -> None:
+        """Copy `state` to host memory now and write it in the background; waits for the step before it. `facts` are of
+        this state: the next ones may be known before it is written."""
         self.wait()
         copies = {
             key: BoxedTensor(boxed.piece.detach().to("cpu", copy=True), boxed.box, tuple(boxed.shape))
             for key, boxed in state.items()
         }
-        self._thread = threading.Thread(target=self._write, args=(step, copies), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._write, args=(step, copies, facts), name=f"checkpoint-{step}")
         self._thread.start()
 
-    def _write(self, step: int, state: dict[str, BoxedTensor]) -> None:
+    def _write(self, step: int, state: dict[str, BoxedTensor], facts: dict[str, Any]) -> None:
         place = self.place
         folder = partial_folder(place.root, step, place.generation)
         try:
             part = write_part(folder, state, rank=place.rank, world=place.world, generation=place.generation)
-            self.on_part(step, part)
+            self.on_part(step, part, facts)
         except (ConcertinaError, OSError, RuntimeError) as error:  # a full disk surfaces as any of them
             self._error = error
 

@@ -81,7 +81,7 @@ class Loop:
         self.link = link
         self.root = checkpoints
         self.generation = self.saved = self.evaluated = 0
-        self.last_facts: dict[str, object] = {}
+        self.last_facts: dict[str, Any] = {}  # of the newest checkpoint begun
         self.records: dict[int, dict[str, Any]] = {}
         self.sheet = Timesheet()
         self.mark = self.sheet.mark()
@@ -208,12 +208,12 @@ class Loop:
             self._commit_now()
             self.saver.wait()
             self.last_facts = self.engine.facts()
-            self.saver.start(step, self.engine.state())
+            self.saver.start(step, self.engine.state(), self.last_facts)
         self.saved = step
         self._clock.lap()
 
-    def _part_written(self, step: int, part: Part) -> None:
-        self.link.send(PartWritten(part.rank, part.generation, step, self.last_facts))
+    def _part_written(self, step: int, part: Part, facts: dict[str, Any]) -> None:
+        self.link.send(PartWritten(part.rank, part.generation, step, facts))
 
     def _finish(self) -> None:
         """Commit the last step and leave a checkpoint of it."""
