@@ -156,6 +156,18 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_never_complete(tmp_path
     saver.wait()  # told once
 
 
+def test_whatever_goes_wrong_the_part_is_not_taken_for_written(tmp_path: Path) -> None:
+    """Its folder was removed under it, say: also what is our own mistake must not end the thread in silence."""
+
+    def refuse(step: int, part: Part, facts: dict[str, Any]) -> None:
+        raise AssertionError("rank 0 wrote 0 files")
+
+    saver = Saver(tmp_path, 0, 1, 0, refuse)
+    saver.start(10, state(torch.zeros(SHAPE)), {})
+    with pytest.raises(CheckpointError, match="could not write: AssertionError: rank 0 wrote 0 files"):
+        saver.wait()
+
+
 def test_after_a_failure_the_next_step_is_written(tmp_path: Path) -> None:
     told, root = Told(), tmp_path / "checkpoints"
     refuse(root, "a full disk")

@@ -201,12 +201,13 @@ def verify(folder: Path) -> Manifest:
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` complete checkpoints, and partial ones older than the newest."""
+    """Remove all but the newest `keep` complete checkpoints, and partial ones of steps before the newest. Of its own
+    step another generation may be writing one: that goes when its last part has come, or with the next step."""
     complete = list_checkpoints(root)
     gone = complete[:-keep]
     if complete:
         newest = complete[-1].name
-        gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] <= newest]
+        gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] < newest]
     _remove(gone)
     return gone
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from concertina.errors import CheckpointError, ConcertinaError
+from concertina.errors import CheckpointError
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import write_part
 from concertina.state.manifest import Part, partial_folder
@@ -38,7 +38,7 @@ class Saver:
         self.place = _Place(root, rank, world, generation)
         self.on_part = on_part
         self._thread: threading.Thread | None = None
-        self._error: ConcertinaError | OSError | RuntimeError | None = None
+        self._error: Exception | None = None
 
     def start(self, step: int, state: dict[str, BoxedTensor], facts: dict[str, Any]) -> None:
         """Copy `state` to host memory now and write it in the background; waits for the step before it. `facts` are of
@@ -57,7 +57,7 @@ class Saver:
         try:
             part = write_part(folder, state, rank=place.rank, world=place.world, generation=place.generation)
             self.on_part(step, part, facts)
-        except (ConcertinaError, OSError, RuntimeError) as error:  # a full disk surfaces as any of them
+        except Exception as error:  # noqa: BLE001 - `wait` tells it: a full disk surfaces as almost anything
             self._error = error
 
     def wait(self, timeout_s: float = 600.0) -> None:
@@ -70,4 +70,4 @@ class Saver:
         self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            raise CheckpointError(f"{self.place.root}: could not write: {error}")
+            raise CheckpointError(f"{self.place.root}: could not write: {type(error).__name__}: {error}") from error
