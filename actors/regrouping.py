@@ -292,6 +292,8 @@ class Regrouping:
         seating, change = self.generations.seating, self._change
         assert seating is not None
         self._deadline = self._change = self._complaint_since = None
+        if step < self.book.recorded:
+            self.book.go_back(step)  # they have rolled back, and their first rank did not live to say so
         self.book.sit(number, seating.layout.world, step)
         if change is not None:
             self.book.fill(change.records, step)

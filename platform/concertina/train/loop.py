@@ -244,8 +244,7 @@ class Loop:
         to_step = self._newest_checkpoint()
         if to_step is None:
             return False
-        self.engine.load(checkpoint_folder(self.root, to_step))
-        self.engine.watch.skipped.add(bad_step)
+        self.engine.load(checkpoint_folder(self.root, to_step), bad_step)
         self._waiting = None
         self.records.clear()
         self.engine.confirm()  # nobody says so before everybody has
