@@ -270,6 +270,7 @@ class Regrouping:
 
     def _restore(self) -> None:
         """Nobody has the whole state: the newest checkpoint, or the beginning."""
+        self.book.catch_up()
         found = list_checkpoints(self.plan.checkpoints)
         if not self.generations.possible and self.plan.resume_from is None and not found:
             self._do(self.generations.restore(Restore()))
@@ -292,6 +293,7 @@ class Regrouping:
         seating, change = self.generations.seating, self._change
         assert seating is not None
         self._deadline = self._change = self._complaint_since = None
+        self.book.catch_up()
         if step < self.book.recorded:
             self.book.go_back(step)  # they have rolled back, and their first rank did not live to say so
         self.book.sit(number, seating.layout.world, step)

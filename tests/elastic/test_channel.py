@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -232,6 +233,57 @@ def test_a_member_that_is_expelled_while_it_hears_harms_nobody(hall: Hall) -> No
     client.send({"still": "here"})
     assert client.flush(timedelta(seconds=20))
     assert server.broken is None
+
+
+def test_while_the_server_is_held_up_nobody_falls_silent(hall: Hall) -> None:
+    """It has not listened meanwhile: that it heard nothing says nothing."""
+    ear, entered, gate = Ear(), threading.Event(), threading.Event()
+
+    def heard(member: int, document: dict[str, Any]) -> None:
+        entered.set()
+        gate.wait(20)
+
+    server = hall.server(ear, heard=heard)
+    clients = [hall.client(server.address, member)[0] for member in (0, 1)]
+    wait_until(lambda: len(server.silences()) == 2)
+    clients[0].send({"write": "this"})
+    assert entered.wait(20)
+    before = server.silences()
+    clients[1].progress(9, "step")
+    time.sleep(0.5)  # more than two beats
+    assert server.silences() == before
+    gate.set()
+    wait_until(lambda: server.silences()[1].step == 9)
+    assert not any(silence.suspicious for silence in server.silences().values())
+
+
+def test_what_is_still_being_written_is_acknowledged_later_and_in_order(hall: Hall) -> None:
+    ear, receipts = Ear(), [threading.Event() for _ in range(2)]
+    waits = {1: receipts[0], 3: receipts[1]}
+
+    def heard(member: int, document: dict[str, Any]) -> threading.Event | None:
+        ear.heard(member, document)
+        return waits.get(document["number"])
+
+    def kept() -> list[int]:
+        return [document["number"] for document in client.unacknowledged()]
+
+    server = hall.server(ear, heard=heard)
+    client, _ = hall.client(server.address)
+    for number in range(5):
+        client.send({"number": number})
+    wait_until(lambda: len(ear.messages) == 5)
+    wait_until(lambda: kept() == [1, 2, 3, 4])
+    receipts[1].set()
+    client.move_to(server.address)  # it comes again, and says again what is not acknowledged
+    wait_until(lambda: not client.is_connected)
+    wait_until(lambda: client.is_connected)
+    client.send({"number": 5})
+    wait_until(lambda: len(ear.messages) > 5)
+    assert [message["number"] for message in ear.messages] == list(range(6)), "each is heard once all the same"
+    assert kept() == [1, 2, 3, 4, 5]
+    receipts[0].set()
+    assert client.flush(timedelta(seconds=20))
 
 
 def test_a_server_that_cannot_go_on_says_why(hall: Hall) -> None:

@@ -110,9 +110,11 @@ def commit(root: Path, step: int, generation: int, facts: dict[str, Any]) -> Man
     if facts.get("step", step) != step:
         raise CheckpointError(f"{root}: facts of step {facts['step']} cannot stand beside the weights of step {step}")
     partial, final = partial_folder(root, step, generation), checkpoint_folder(root, step)
-    parts = [Part.model_validate_json(path.read_text()) for path in sorted(partial.glob("part-*.json"))]
-    if not parts or len(parts) < parts[0].world:
-        return None
+    pages = sorted(partial.glob("part-*.json"))
+    parts = [Part.model_validate_json(page.read_text()) for page in pages[:1]]
+    if not parts or len(pages) < parts[0].world:
+        return None  # asked once a rank: each looks at one page, only the last at all
+    parts += [Part.model_validate_json(page.read_text()) for page in pages[1:]]
     shapes = _check_coverage(parts)
     manifest = Manifest(
         format=FORMAT,
