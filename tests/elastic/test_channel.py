@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -323,6 +324,25 @@ def test_what_was_heard_but_never_acknowledged_is_not_heard_again(hall: Hall) ->
         wait_until(lambda: other.received == {"i": 2})
     assert acked == 1
     assert ear.messages == [{"first": 1}, {"second": 2}]
+
+
+def test_a_process_with_many_open_files_still_talks(hall: Hall) -> None:
+    """`select` knows no descriptor above 1023; a member may have more, files of its data among them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if soft == resource.RLIM_INFINITY else max(soft, 2048), hard))
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        ear = Ear()
+        server = hall.server(ear)
+        client, told = hall.client(server.address)
+        client.send({"still": "here"})
+        assert client.flush(timedelta(seconds=5))
+        server.send(0, {"stop": True})
+        wait_until(lambda: told == [{"stop": True}])
+        assert min(many) < 1024 < max(many)
+    finally:
+        for each in many:
+            os.close(each)
 
 
 def test_words_come_once_over_a_broken_connection(hall: Hall) -> None:
