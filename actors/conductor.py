@@ -213,7 +213,7 @@ class Conductor:
                 if heir is not None:
                     self._welcome(heir)
         self.regrouping.lose(losses)  # who is left is told before anything is tidied up
-        self.accounting.lose(losses)
+        self.accounting.lose(losses, stopped=not self.regrouping.generations.trains)
         for loss in losses:
             self.journal.forget(loss.member)
             self.hands.lose(loss.member)
