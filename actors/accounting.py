@@ -46,8 +46,8 @@ class Accounting:
         self._ledger.report(message.member, time.monotonic(), message.seconds, Bucket(message.inside))
 
     def lose(self, losses: list[Loss], *, stopped: bool) -> None:
-        """These are gone since they were last heard of; if that has `stopped` the world, everybody who trained has waited
-        for them."""
+        """These are gone since they were last heard of. If that has `stopped` the world, everybody who trained has
+        waited for them."""
         now = time.monotonic()
         for loss in losses:
             self._ledger.lost(loss.member, now)

@@ -1,4 +1,4 @@
-"""Does every second of every member stay in one bucket, over restarts, losses that stop nobody, and births that fail?"""
+"""Is every second of every member in one bucket, over restarts, losses that stop nobody, and births that fail?"""
 
 from __future__ import annotations
 
