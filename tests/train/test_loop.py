@@ -316,6 +316,20 @@ def test_roll_back_replays_and_skips_the_bad_step(
     assert [m.anomaly for m in sent if isinstance(m, AnomalySeen)] == ["nonfinite", "replayed"]
 
 
+def test_what_was_validated_and_saved_is_void_after_a_roll_back(tmp_path: Path) -> None:
+    """Else the next generation would take a validation for done that has yet to come again."""
+    job = tiny_job(training__eval_every_steps=7)
+    link = Recorder(tmp_path, {7: REGROUP})
+    loop = Loop(engine_on(job, Layout(1), 0, None), tmp_path, link)
+    loop.sit(0)
+    assert loop.run() is None
+    assert (loop.saved, loop.evaluated) == (5, 7)
+    loop.saved = 7
+    assert loop._roll_back(8)
+    assert (loop.engine.applied, loop.saved, loop.evaluated) == (5, 5, 5)
+    assert loop.engine.watch.skipped == {8}
+
+
 def test_too_many_anomalies_stop(tmp_path: Path) -> None:
     job = tiny_job(training__anomaly={"nonfinite": "skip", "max_events": 1})
     _, finished = run(0, None, job, tmp_path, 1, 1, {}, None, poison=8)

@@ -246,6 +246,7 @@ class Loop:
             return False
         self.engine.load(checkpoint_folder(self.root, to_step), bad_step)
         self._waiting = None
+        self.saved, self.evaluated = min(self.saved, to_step), min(self.evaluated, to_step)
         self.records.clear()
         self.engine.confirm()  # nobody says so before everybody has
         if self.first:
