@@ -24,42 +24,46 @@ class Accounting:
     def __init__(self, plan: RunPlan, events: EventLog, book: Book, hands: Hands, journal: Journal) -> None:
         cluster, now = plan.job.cluster, time.monotonic()
         self.book, self.hands, self.journal = book, hands, journal
-        self._known: set[int] = set()
         per_node = -(-cluster.num_workers // cluster.num_nodes)
         if journal.ledger:
-            self._ledger = Ledger.from_json(journal.ledger, now)
-            self._known = set(journal.pids)
+            ago_s = max(0.0, time.time() - journal.ledger["written_s"])
+            self._ledger = Ledger.from_json(journal.ledger, now - ago_s)
         else:
             self._ledger = Ledger(now, cluster.num_workers, Price(plan.job.elastic.usd_per_node_hour, per_node))
-        self._writer = LedgerWriter(events, self._ledger)
+        self._writer = LedgerWriter(events, self._ledger, time.monotonic)
 
     def look(self) -> None:
-        """Members that have come since; and write now and then."""
+        """Members that have come since, and those that are there no more without having been lost: they never began, or
+        went while no coordinator was there. And write now and then."""
         for number, member in self.hands.members.items():
-            if number not in self._known:
-                self._known.add(number)
+            if number not in self._ledger.members:
                 self._ledger.born(number, member.born_s, member.node_id)
+        for number in self._ledger.living - self.hands.members.keys():
+            self._ledger.lost(number, time.monotonic())
         self._writer.look(self.book.generation, self.book.step)
 
     def hear(self, message: TimeSpent) -> None:
         self._ledger.report(message.member, time.monotonic(), message.seconds, Bucket(message.inside))
 
-    def lose(self, losses: list[Loss]) -> None:
-        """These are gone since they were last heard of; everybody who trained waited for them."""
+    def lose(self, losses: list[Loss], *, stopped: bool) -> None:
+        """These are gone since they were last heard of. If that has `stopped` the world, everybody who trained has
+        waited for them."""
         now = time.monotonic()
         for loss in losses:
             self._ledger.lost(loss.member, now)
-        self._ledger.fault(min(loss.since_s for loss in losses), now)
+        if stopped:
+            self._ledger.fault(min(loss.since_s for loss in losses), now)
 
     def write(self) -> None:
         """The membership has changed."""
         self._writer.write(self.book.generation, self.book.step)
-        self.journal.ledger = self._ledger.to_json(time.monotonic())
+        # A monotonic clock may begin anew with the machine: how long ago this is, only the wall's can tell.
+        self.journal.ledger = {"written_s": time.time(), **self._ledger.to_json(time.monotonic())}
 
     def close(self) -> None:
         """The session ends."""
         now = time.monotonic()
         self._ledger.want(now, 0)
-        for number in self._known:
+        for number in self._ledger.living:
             self._ledger.left(number, now)
         self._writer.write(self.book.generation, self.book.step)

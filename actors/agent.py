@@ -31,6 +31,7 @@ __all__ = ["NodeAgent", "Wards"]
 log = logging.getLogger("concertina.agent")
 
 _LOOK_S = 1.0
+_BELL_HANGS_WITHIN_S = 10.0  # it is hung before a member can be known to anybody
 
 
 class Wards:
@@ -100,9 +101,9 @@ class NodeAgent:
             threading.Thread(target=self._listen, args=(member,), name=f"bell-{member}", daemon=True).start()
 
     def _listen(self, member: int) -> None:
-        bell = DeathBell(bell_name(self._session, member))
-        while not bell.listen(_LOOK_S):
-            continue
+        if not DeathBell(bell_name(self._session, member)).listen_on(_BELL_HANGS_WITHIN_S):
+            log.info("member %d has no bell: its end is known in other ways", member)
+            return  # an agent before this one heard it
         try:
             ray.get_actor(COORDINATOR, ray.get_runtime_context().namespace).mourn.remote(member)
         except ValueError:

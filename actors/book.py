@@ -31,7 +31,8 @@ __all__ = ["Book"]
 
 
 class Book:
-    """One run's state, generation after generation. Any thread may call; one at a time is let in.
+    """One run's state, generation after generation. Any thread may call; one at a time is let in. Only `record` is one
+    thread's: it completes and removes checkpoints, for which nobody else waits.
 
     What `record` has taken in is on storage when it returns: the channel acknowledges a message by that.
     """
@@ -48,10 +49,10 @@ class Book:
         self.stop_reason = past.reason or "asked to stop"
         self.finished: dict[int, Finished] = {}
         self.errors: list[RankError] = []
+        self.catch_up: Callable[[], object] = lambda: None  # waits till all that was heard is recorded, where it queues
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Committed: self._on_committed,
             Evaluated: self._on_evaluated,
-            PartWritten: self._on_part,
             AnomalySeen: self._on_anomaly,
             RolledBack: self._on_rolled_back,
             Finished: self._on_finished,
@@ -75,10 +76,13 @@ class Book:
 
     def takes(self, message: Message) -> bool:
         """Whether it is one to be recorded; the others are for whoever makes generations."""
-        return type(message) in self._handlers
+        return isinstance(message, PartWritten) or type(message) in self._handlers
 
     def record(self, message: Message) -> None:
         """Take in one message of a rank."""
+        if isinstance(message, PartWritten):
+            self._on_part(message)
+            return
         with self._mutex:
             self._handlers[type(message)](message)
 
@@ -155,9 +159,12 @@ class Book:
         except (CheckpointError, OSError) as error:
             self.event(EventType.ERROR, message.step, message=str(error), rank=message.rank, traceback="")
             return
-        if manifest is None or message.step == self._written.get(EventType.CHECKPOINT):
+        if manifest is None:
             return
-        self._tell_checkpoint(manifest)
+        with self._mutex:
+            if message.step == self._written.get(EventType.CHECKPOINT):
+                return
+            self._tell_checkpoint(manifest)
         for gone in prune(self.checkpoints, self.keep):
             self.event(EventType.CHECKPOINT_REMOVED, message.step, path=f"checkpoints/{gone.name}")
 

@@ -1,7 +1,8 @@
 """How does a session of a run go, from no members at all to its end? Members come and are lost; generations follow.
 
-Runs in the coordinator's actor. One thread does everything in order; the channel's thread only wakes it. It is not on
-the step's path. One that restarts finds its session in the events, its members in the journal, and goes on.
+Runs in the coordinator's actor. One thread does everything in order; the channel's thread only wakes it, and another
+one writes down what members say. It is not on the step's path. One that restarts finds its session in the events, its
+members in the journal, and goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from actors.evidence import Evidence
 from actors.hands import Hands, Member, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
+from actors.recorder import Recorder
 from actors.recruiter import Recruiter
 from actors.regrouping import Regrouping
 from actors.wishes import Wishes
@@ -76,7 +78,7 @@ class Conductor:
         self.journal.write()
         self._news: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._wake = threading.Event()
-        self._broken: BaseException | None = None
+        self.recorder = Recorder(self.book, self._recorded)
         self.address = ray.util.get_node_ip_address()
         self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
         self.server.recorded = self.book.recorded
@@ -112,20 +114,21 @@ class Conductor:
 
     # -- callbacks of the channel's thread ----------------------------------------------------------------------------
 
-    def _heard(self, member: int, document: dict[str, Any]) -> None:
-        try:
-            message = decode(document)
-            if isinstance(message, _FOR_REGROUPING):
-                self._news.put(message)
-            else:
-                self.book.record(message)
-                self.server.recorded = self.book.recorded
-        except Exception as error:
-            log.exception("what member %d said cannot be recorded", member)
-            self._broken = error
-            self._wake.set()
-            raise  # not acknowledged, and the channel ends
-        if isinstance(message, (*_FOR_REGROUPING, Finished, RankError)):
+    def _heard(self, member: int, document: dict[str, Any]) -> threading.Event | None:
+        message = decode(document)
+        if isinstance(message, _FOR_REGROUPING):
+            self._news.put(message)
+        elif isinstance(message, RankError):
+            self.book.record(message)  # of which nothing is written: whoever judges shall know it at once
+        else:
+            return self.recorder.put(message)
+        self._wake.set()
+        return None
+
+    def _recorded(self, message: Message) -> None:
+        """In the recorder's thread."""
+        self.server.recorded = self.book.recorded
+        if isinstance(message, Finished) or self.recorder.broken is not None:
             self._wake.set()
 
     def _lost(self, member: int, evidence: str) -> None:
@@ -153,8 +156,9 @@ class Conductor:
         """Wait for news, at most a turn, and look at everything."""
         self._wake.wait(self.regrouping.turn_s(TURN_S))
         self._wake.clear()
-        if self._broken is not None:
-            raise self._broken
+        broken = self.recorder.broken or self.server.broken
+        if broken is not None:
+            raise broken
         now = time.monotonic()
         late_s, self._turned = now - self._turned, now
         if now - self._renewed > LEASE_EVERY_S:
@@ -214,7 +218,7 @@ class Conductor:
                 if heir is not None:
                     self._welcome(heir)
         self.regrouping.lose(losses)  # who is left is told before anything is tidied up
-        self.accounting.lose(losses)
+        self.accounting.lose(losses, stopped=not self.regrouping.generations.trains)
         for loss in losses:
             self.journal.forget(loss.member)
             self.hands.lose(loss.member)
@@ -297,6 +301,7 @@ class Conductor:
 
     def fail(self, error: ConcertinaError) -> None:
         """Record what broke the run. Raises ConcertinaError when even that cannot be written."""
+        self.recorder.drain()
         data = {"rank": error.data.get("rank"), "traceback": error.data.get("traceback", "")}
         self.book.event(EventType.ERROR, self.book.step, message=error.message, **data)
         self.book.move(RunEvent.FAILURE, error.message, exit_code=error.exit_code)
@@ -309,6 +314,7 @@ class Conductor:
             self._tell_heartbeats,
             self._release,
             self.server.close,
+            self.recorder.close,
             self._close_tracking,
             self.events.close,
         )

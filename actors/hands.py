@@ -144,14 +144,16 @@ class Hands:
                 self._start(self.standbys, node_id, num_cpus=0, scheduling_strategy=beside)
 
     def promote(self, number: int) -> Member | None:
-        """A standby beside this member, which is lost, takes its room; None where there is none."""
+        """A standby beside this member, which is lost, takes its room; None where there is none, or where the agent is
+        gone, and the node perhaps with it."""
         node_id = self.members[number].node_id
         heir = next((s for s in self.standbys.values() if s.node_id == node_id and s.pid), None)
-        if heir is not None and node_id in self.agents:
-            self.members[heir.number] = self.standbys.pop(heir.number)
-            for reservation in self.reservations:
-                if number in reservation.held:
-                    reservation.held ^= {number, heir.number}
+        if heir is None or node_id not in self.agents:
+            return None
+        self.members[heir.number] = self.standbys.pop(heir.number)
+        for reservation in self.reservations:
+            if number in reservation.held:
+                reservation.held ^= {number, heir.number}
         return heir
 
     def _start_agent(self, node_id: str) -> None:

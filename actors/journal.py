@@ -56,7 +56,8 @@ class Journal:
         self.nodes.pop(member, None)
 
     def write(self) -> None:
-        """Durable before it returns."""
+        """It outlives this process once this returns, whatever ends that. Not its machine, with which all of Ray dies:
+        the disk is not waited for."""
         document: dict[str, Any] = {
             "session": self.session,
             "cluster": self.cluster,

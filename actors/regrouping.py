@@ -287,6 +287,7 @@ class Regrouping:
 
     def _restore(self) -> None:
         """Nobody has the whole state: the newest checkpoint, or the beginning."""
+        self.book.catch_up()
         if self._kept is not None:  # who still writes that one must not complete it: its steps may be done again
             shutil.rmtree(self._kept, ignore_errors=True)
         found = list_checkpoints(self.plan.checkpoints)
@@ -311,6 +312,9 @@ class Regrouping:
         seating, change = self.generations.seating, self._change
         assert seating is not None
         self._deadline = self._change = self._complaint_since = None
+        self.book.catch_up()
+        if step < self.book.recorded:
+            self.book.go_back(step)  # they have rolled back, and their first rank did not live to say so
         self.book.sit(number, seating.layout.world, step)
         if change is not None:
             self.book.fill(change.records, step)

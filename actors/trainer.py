@@ -107,10 +107,13 @@ class Trainer:
                 early = self._current is None
                 self._coming = Preparation(prepare, self.seat.member, self.engine, options, early)
                 self._coming.start(self.link)
-            case Keep() | Move() as order:
-                self._orders.put(order)
+            case Keep() as keep:
+                self._orders.put(keep)
+            case Move() as move:
+                self.loop.sheet.let_go()
+                self._orders.put(move)
             case Pause():
-                self.loop.sheet.enter(Bucket.WAITING_FOR_CAPACITY)
+                self.loop.sheet.hold(Bucket.WAITING_FOR_CAPACITY)  # the training thread may not have halted yet
                 self._say_time()
 
     def _fence(self, generation: int) -> None:

@@ -76,6 +76,15 @@ class DeathBell:
             self._check(answer)
         return True
 
+    def listen_on(self, hung_within_s: float, look_s: float = 1.0) -> bool:
+        """Until the holder has died. False when the bell does not hang within the bound: nobody made it, or somebody
+        else listens already, for its file goes with the first who does."""
+        deadline = time.monotonic() + hung_within_s
+        while not self.listen(look_s):
+            if self._memory is None and time.monotonic() > deadline:
+                return False
+        return True
+
     def take_down(self) -> None:
         """Remove the file; who has it goes on having it."""
         self.path.unlink(missing_ok=True)

@@ -305,6 +305,20 @@ def test_a_restart_completes_what_its_predecessor_left_unfinished(desk: Desk) ->
     assert read_manifest(final).step == 5
 
 
+def test_the_step_that_two_generations_save_is_one_checkpoint_and_no_error(desk: Desk) -> None:
+    """The world regrouped while it was being written, and the next generation writes it again."""
+    book, written = desk.start(), desk.write_parts(5)
+    desk.generation = 1
+    again = desk.write_parts(5, range(1))
+    say(book, *written)
+    again += desk.write_parts(5, range(1, WORLD))
+    say(book, *again)
+    assert desk.events(EventType.ERROR) == []
+    assert len(desk.events(EventType.CHECKPOINT)) == 1
+    assert read_manifest(checkpoint_folder(desk.checkpoints, 5)).generation == 0
+    assert list(desk.checkpoints.glob(".step-*")) == []
+
+
 # -- states ------------------------------------------------------------------------------------------------------------
 
 

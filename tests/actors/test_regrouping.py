@@ -204,6 +204,19 @@ def test_restarted_when_a_member_was_lost_as_well_it_makes_the_next_generation(s
     assert [event.step for event in scene.events(EventType.STEP)] == [7]
 
 
+def test_a_roll_back_that_the_first_rank_did_not_live_to_tell_is_one_all_the_same(scene: Scene) -> None:
+    """All had loaded the checkpoint of step 5: what comes after it is done again, and written down again."""
+    scene.trains()
+    for step in range(1, 8):
+        scene.book.record(Committed(step, {"loss": 1.0}))
+    scene.recover(5)
+    scene.formed(1, 5, 0, 2)
+    (event,) = scene.events(EventType.ROLLBACK)
+    assert (event.data["to_step"], scene.book.step, scene.book.recorded) == (5, 5, 5)
+    scene.book.record(Committed(6, {"loss": 2.0}))
+    assert [event.step for event in scene.events(EventType.STEP)] == [1, 2, 3, 4, 5, 6, 7, 6]
+
+
 def test_asked_to_stop_it_still_recovers_and_says_so_to_the_next_first_rank(scene: Scene) -> None:
     scene.trains()
     scene.regrouping.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -63,8 +64,8 @@ class Hall:
     def __init__(self) -> None:
         self._closers: list[Callable[[], None]] = []
 
-    def server(self, ear: Ear, received: dict[str, int] | None = None) -> ChannelServer:
-        server = ChannelServer(LOOPBACK, TOKEN, ear.heard, ear.lost, received)
+    def server(self, ear: Ear, received: dict[str, int] | None = None, heard: Any = None) -> ChannelServer:
+        server = ChannelServer(LOOPBACK, TOKEN, heard or ear.heard, ear.lost, received)
         self._closers.append(server.close)
         return server
 
@@ -177,6 +178,7 @@ def test_a_false_server_hears_nothing(hall: Hall) -> None:
     assert client.silent_s > 0
 
 
+HELLO = {"member": 0, "pid": 1, "incarnation": "i", "server": "", "heard": 0}
 GARBAGE = {
     "http": b"GET / HTTP/1.1\r\n\r\n",
     "bytes": b"\x00\xff\n",
@@ -184,6 +186,8 @@ GARBAGE = {
     "list": b"[]\n",
     "long": b"x" * 10_000,
     "types": b'{"hello": {"member": "0"}}\n',
+    "half a character": b'{"hello": %s, "nonce": "n", "mac": "\\ud800"}\n' % json.dumps(HELLO).encode(),
+    "deep nonce": b'{"hello": %s, "nonce": %s, "mac": "m"}\n' % (json.dumps(HELLO).encode(), b"[" * 970 + b"]" * 970),
     "a rank of old": b'{"hello": {"rank": 0, "generation": 0, "pid": 1, "incarnation": "i", "server": ""}}\n',
 }
 
@@ -200,6 +204,7 @@ def test_garbage_is_cut_off_and_harms_nobody(hall: Hall, garbage: bytes) -> None
     client.send({"still": "here"})
     assert client.flush(timedelta(seconds=20))
     assert ear.messages == [{"still": "here"}]
+    assert server.broken is None
 
 
 def test_silent_strangers_hold_up_nobody_and_are_dropped(hall: Hall) -> None:
@@ -319,6 +324,25 @@ def test_what_was_heard_but_never_acknowledged_is_not_heard_again(hall: Hall) ->
         wait_until(lambda: other.received == {"i": 2})
     assert acked == 1
     assert ear.messages == [{"first": 1}, {"second": 2}]
+
+
+def test_a_process_with_many_open_files_still_talks(hall: Hall) -> None:
+    """`select` knows no descriptor above 1023; a member may have more, files of its data among them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if soft == resource.RLIM_INFINITY else max(soft, 2048), hard))
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        ear = Ear()
+        server = hall.server(ear)
+        client, told = hall.client(server.address)
+        client.send({"still": "here"})
+        assert client.flush(timedelta(seconds=5))
+        server.send(0, {"stop": True})
+        wait_until(lambda: told == [{"stop": True}])
+        assert min(many) < 1024 < max(many)
+    finally:
+        for each in many:
+            os.close(each)
 
 
 def test_words_come_once_over_a_broken_connection(hall: Hall) -> None:

@@ -56,6 +56,28 @@ def test_the_inner_spell_is_not_the_outers(sheet: Timesheet, clock: Clock) -> No
     assert sheet.totals() == {"starting": 4, "checkpoint_stall": 3, "validation": 10}
 
 
+def test_what_is_held_runs_until_it_is_let_go(sheet: Timesheet, clock: Clock) -> None:
+    """Another thread knows that the run waits; the one that trains comes out of its step and its validation later."""
+    sheet.begin_step()
+    clock.now += 2
+    with sheet.spend(Bucket.VALIDATION):
+        clock.now += 3
+        sheet.hold(Bucket.WAITING_FOR_CAPACITY)
+        clock.now += 5
+    sheet.void_step(Bucket.RECONFIGURATION)
+    clock.now += 60
+    sheet.enter(Bucket.DETECTION)
+    clock.now += 1
+    assert sheet.current is Bucket.WAITING_FOR_CAPACITY
+    assert sheet.totals() == {"validation": 3, "recomputation": 2, "waiting_for_capacity": 66}
+    sheet.let_go()
+    clock.now += 1
+    assert sheet.enter(Bucket.RECONFIGURATION) is Bucket.WAITING_FOR_CAPACITY
+    clock.now += 4
+    assert sheet.totals()["reconfiguration"] == 4
+    assert sheet.totals()["waiting_for_capacity"] == 67
+
+
 def test_a_spell_that_raises_ends_all_the_same(sheet: Timesheet, clock: Clock) -> None:
     spell = sheet.spend(Bucket.VALIDATION)
     with suppress(OSError), spell:

@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_it_rings_when_its_holder_dies(name: str, number: signal.Signals) -> Non
     assert not bell.path.exists(), "both have it: no file is left behind"
     os.kill(process.pid, number)
     assert bell.listen(20)
+    process.wait(20)
+
+
+def test_it_is_listened_to_until_it_rings(name: str) -> None:
+    process = holder(name)
+    threading.Timer(0.5, process.kill).start()
+    assert DeathBell(name).listen_on(hung_within_s=0.2, look_s=0.1)
+    process.wait(20)
+
+
+def test_who_comes_second_does_not_wait_for_ever(name: str) -> None:
+    """An agent that is started again: its predecessor has taken the file away."""
+    process = holder(name)
+    assert not DeathBell(name).listen(0.1)
+    assert not DeathBell(name).listen_on(hung_within_s=0.3, look_s=0.1)
+    process.kill()
     process.wait(20)
 
 

@@ -140,6 +140,21 @@ def test_as_many_elements_are_not_enough(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
 
 
+def test_pages_are_read_when_all_are_there(tmp_path: Path) -> None:
+    """It is asked once a rank: to read all that lie there each time would take the square of their number."""
+    write(tmp_path, 5, halves(), world=3)
+    page = partial_folder(tmp_path, 5, 0) / "part-00001.json"
+    page.write_text("this cannot be read")
+    assert commit(tmp_path, 5, 0, {}) is None
+
+
+def test_facts_of_another_step_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, 10, halves())
+    with pytest.raises(CheckpointError, match="facts of step 15 cannot stand beside the weights of step 10"):
+        commit(tmp_path, 10, 0, {"step": 15})
+    assert commit(tmp_path, 10, 0, {"step": 10}) is not None
+
+
 # -- killed at any moment ----------------------------------------------------------------------------------------------
 
 

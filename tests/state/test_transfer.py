@@ -145,6 +145,40 @@ def test_every_wanted_element_arrives(round_bytes: int) -> None:
     assert (reports[0].rounds == 1) == (round_bytes == 1 << 26)
 
 
+def gathered(position: int, store: Any, round_bytes: int) -> tuple[int, int]:
+    """The last of four members gets a row from each of the others; rounds, and the most bytes it got in one."""
+    rows, seen = [Box((row, 0), (row + 1, 400)) for row in range(3)], [0]
+    plan: Any = Changed([Move("w", box, source, 3) for source, box in enumerate(rows)])
+    held: Holdings = {"w": [(rows[position], _views(1.0))]} if position < 3 else {}
+    wanted: Holdings = {"w": [(box, _views(0.0)) for box in rows]} if position == 3 else {}
+    exchange = module.all_to_all_v
+
+    def counted(rows: torch.Tensor, send: list[int], receive: list[int], group: Group) -> Any:
+        if rows.dtype == torch.float64:
+            seen.append(8 * max(sum(send), sum(receive)))
+        return exchange(rows, send, receive, group)
+
+    module.all_to_all_v = counted  # type: ignore[assignment]
+    try:
+        report = transfer(plan, position, range(4), held, wanted, crowd(position, 4, store), round_bytes=round_bytes)
+    finally:
+        module.all_to_all_v = exchange
+    assert all(bool((view == 1).all()) for _, views in wanted.get("w", ()) for view in views)
+    return report.rounds, max(seen)
+
+
+def _views(number: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    one, two, three = (torch.full((1, 400), number, dtype=torch.float64) for _ in range(3))
+    return one, two, three
+
+
+def test_a_round_is_bounded_however_many_send_at_a_time() -> None:
+    rounds, most = zip(*on_ranks(gathered, 4, 3000), strict=True)
+    assert max(most) <= 3000
+    assert len(set(rounds)) == 1
+    assert rounds[0] >= 3 * 3 * 400 * 8 / 3000
+
+
 CHANGES = {
     "a move is forgotten everywhere": r"elements of \d+ of",
     "a sender forgets a move": r"plans to send \d+ elements to member \d, which plans for \d+",

@@ -25,7 +25,7 @@ from concertina.train.engine import Engine, StepResult
 from concertina.train.share import Share
 from tests.train.worlds import unconfigured
 
-__all__ = ["Life", "Stage", "described", "live", "on_nodes"]
+__all__ = ["Gone", "Life", "Stage", "described", "live", "on_nodes"]
 
 OPTIONS = {"timeout": timedelta(seconds=20)}
 Tamper = Callable[["Life", int], None]

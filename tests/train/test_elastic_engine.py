@@ -6,6 +6,7 @@ The engines stay in their processes; no checkpoint is ever written, so there is 
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -14,13 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
-from concertina.config import Job
+from concertina.config import AnomalyConfig, Job
 from concertina.layout import Layout
 from concertina.state.checkpoint import write_part
 from concertina.state.manifest import checkpoint_folder, commit, partial_folder
 from concertina.train.share import Share
 from tests.distributed import on_ranks, run_distributed
-from tests.train.generations import Life, Stage, described, live, on_nodes
+from tests.train.generations import Gone, Life, Stage, described, live, on_nodes
 from tests.train.worlds import engine_on, tiny_job, unconfigured
 
 pytestmark = pytest.mark.dist
@@ -168,6 +169,80 @@ def test_who_completes_a_step_judges_it_alike() -> None:
     loss, state = deviation(results[:3], alone | {"state": {key: piece for key, (_, piece) in alone["state"].items()}})
     assert loss < LOSS_BOUND
     assert state < STATE_BOUND
+
+
+def no_number_at_7(life: Life, number: int) -> None:
+    """In the first stage the loss of step 7 is not a number."""
+    forward = life.engine._forward_backward
+
+    def poisoned(step: int) -> Any:
+        sums = forward(step)
+        if step == 7:
+            sums[0] = float("nan")
+        return sums
+
+    if number == 0:
+        life.engine._forward_backward = poisoned  # type: ignore[method-assign]
+    else:
+        life.engine.__dict__.pop("_forward_backward", None)
+
+
+@pytest.mark.parametrize("action", ["roll_back", "stop"])
+def test_a_step_that_only_some_could_judge_is_void_for_all(action: str, reference: dict[str, Any]) -> None:
+    """Its totals say that it is not to be applied, and reach only who did not lose the member that died: 2, not 1."""
+    job = JOB.model_copy(
+        update={"training": JOB.training.model_copy(update={"anomaly": AnomalyConfig(nonfinite=action)})}
+    )
+    stages = [
+        Stage(on_nodes(Layout(4, ep=2), ALL), 6, (3,), "some", (1,)),
+        Stage(on_nodes(Layout(3, ep=3), without(3)), 16),
+    ]
+    results = run(stages, job, no_number_at_7)
+    check(results, stages, reference)
+    assert all(found["completed"] == [] for found in results)
+
+
+def rolled_back(rank: int, store: Any, job: Job, folder: Path) -> dict[str, Any]:
+    """Five steps, back to the checkpoint of the third; member 2 is lost when only some have come to the end of that."""
+    life, lost = Life(rank, store, job, unconfigured(job)), (2,)
+    engine, seats = life.engine, dict(list(ALL.items())[:3])
+    stages = [
+        Stage(on_nodes(Layout(3, ep=3), seats), 3, lost),
+        Stage(on_nodes(Layout(2, ep=2), {0: "a", 1: "b"}), 8),
+    ]
+    life.enter(0, stages)
+    life.train(3)
+    engine.settle()
+    write_part(partial_folder(folder, 3, 0), engine.state(), rank=rank, world=3, generation=0)
+    assert engine.confirm()
+    if rank == 0:
+        assert commit(folder, 3, 0, engine.facts()) is not None
+    life.train(5)
+    assert engine.confirm()
+    if rank == 1:
+
+        def publish() -> None:
+            raise Gone
+
+        engine.optimizer.publish = publish  # type: ignore[method-assign]
+    with suppress(Gone):
+        engine.load(checkpoint_folder(folder, 3), bad_step=6)
+    engine.groups.fence()
+    engine.share.abandon()
+    if rank in lost:
+        return described(life)
+    life.enter(1, stages)
+    life.train(8)
+    engine.settle()
+    return described(life)
+
+
+def test_members_that_went_back_only_half_way_go_on_alike(tmp_path: Path) -> None:
+    results = on_ranks(rolled_back, 3, JOB, tmp_path)[:2]
+    assert [(found["applied"], found["updates"]) for found in results] == [(8, 7)] * 2
+    assert [(found["watch"]["skipped"], found["watch"]["seen"]) for found in results] == [([6], 1)] * 2
+    assert results[0]["watch"] == results[1]["watch"]
+    check_copies(results)
 
 
 def loaded(rank: int, store: Any, job: Job, folder: Path) -> dict[str, Any]:

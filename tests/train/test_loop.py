@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -224,6 +225,24 @@ def test_a_generation_that_begins_at_the_end_only_ends(tmp_path: Path) -> None:
         assert losses(link.sent) == {}
 
 
+def test_a_checkpoint_has_the_facts_of_its_own_step_however_late_it_is_written(tmp_path: Path) -> None:
+    """A member joins while step 10 is being written, and step 15 is saved before that has ended."""
+    link, gate = Recorder(tmp_path, {10: REGROUP}), threading.Event()
+    loop = Loop(engine_on(tiny_job(), Layout(1), 0, None), tmp_path, link)
+    loop.sit(1)
+    slow, write = loop.saver, loop.saver._write
+    slow._write = lambda step, *rest: (step < 10 or gate.wait(60)) and write(step, *rest)  # type: ignore[method-assign]
+    assert loop.run() is None
+    link.word_at = {15: STOP}
+    loop.sit(2, 10, 10)
+    loop.run()
+    gate.set()
+    slow.wait()
+    told = [(m.generation, m.step, m.facts["step"], m.facts["updates"]) for m in link.of(PartWritten)]
+    assert told == [(1, 5, 5, 5), (2, 15, 15, 15), (1, 10, 10, 10)]
+    assert read_manifest(checkpoint_folder(tmp_path, 10)).facts["tokens"] < loop.engine.tokens
+
+
 def test_records_are_kept_until_they_are_written_down(tmp_path: Path) -> None:
     job = tiny_job()
     link = Recorder(tmp_path, {12: REGROUP})
@@ -295,6 +314,20 @@ def test_roll_back_replays_and_skips_the_bad_step(
     for step in range(1, 8):
         assert found[step] == pytest.approx(expected[step], rel=1e-10)
     assert [m.anomaly for m in sent if isinstance(m, AnomalySeen)] == ["nonfinite", "replayed"]
+
+
+def test_what_was_validated_and_saved_is_void_after_a_roll_back(tmp_path: Path) -> None:
+    """Else the next generation would take a validation for done that has yet to come again."""
+    job = tiny_job(training__eval_every_steps=7)
+    link = Recorder(tmp_path, {7: REGROUP})
+    loop = Loop(engine_on(job, Layout(1), 0, None), tmp_path, link)
+    loop.sit(0)
+    assert loop.run() is None
+    assert (loop.saved, loop.evaluated) == (5, 7)
+    loop.saved = 7
+    assert loop._roll_back(8)
+    assert (loop.engine.applied, loop.saved, loop.evaluated) == (5, 5, 5)
+    assert loop.engine.watch.skipped == {8}
 
 
 def test_too_many_anomalies_stop(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ class _Life:
         sum_s = sum(told.values())
         if self.ended is not None or sum_s < sum(self.told.values()):
             return  # an older word that came late
+        if not self.words:
+            self.born = min(self.born, t - sum_s)  # a restarted coordinator finds members that have lived before
         gap_s = t - self.born - sum_s
         if self.words < _FIRST_WORDS:
             # A word that was long under way does not mean that the sheet began later: the quickest tells best.
@@ -175,6 +177,16 @@ class Ledger:
         known or not. Call it with `lost`, in any order."""
         for life in self._lives.values():
             life.claim(t_fault, t_detected)
+
+    # -- who is known ----------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> set[int]:
+        return set(self._lives)
+
+    @property
+    def living(self) -> set[int]:
+        return {member for member, life in self._lives.items() if life.ended is None}
 
     # -- what is known ----------------------------------------------------------------------------------------------
 

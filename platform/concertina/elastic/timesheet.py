@@ -37,6 +37,7 @@ class Timesheet:
         self._mutex = threading.Lock()
         self._totals: dict[Bucket, float] = dict.fromkeys(Bucket, 0.0)
         self._current = Bucket.STARTING
+        self._held = False
         self._since = clock()
         self._step: Mark | None = None
 
@@ -49,6 +50,19 @@ class Timesheet:
         """From now on time goes to `bucket`; returns the one before."""
         with self._mutex:
             return self._switch(bucket)
+
+    def hold(self, bucket: Bucket) -> None:
+        """From now on time goes to `bucket`, whatever is entered, until `let_go`: another thread knows of a wait that
+        the training thread has yet to come to."""
+        with self._mutex:
+            self._held = False
+            self._switch(bucket)
+            self._held = True
+
+    def let_go(self) -> None:
+        """What is entered counts again."""
+        with self._mutex:
+            self._held = False
 
     def spend(self, bucket: Bucket) -> _Spell:
         """`with` it, time goes to `bucket`, and afterwards to the one before. What is spent inside is the inner's."""
@@ -125,7 +139,8 @@ class Timesheet:
         before = self._current
         self._totals[before] += now - self._since
         self._since = now
-        self._current = bucket
+        if not self._held:
+            self._current = bucket
         return before
 
 

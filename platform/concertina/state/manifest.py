@@ -103,11 +103,18 @@ def record_part(folder: Path, part: Part) -> None:
 
 
 def commit(root: Path, step: int, generation: int, facts: dict[str, Any]) -> Manifest | None:
-    """Complete a checkpoint if every rank's part is there; None while parts are missing. One process calls it."""
+    """Complete a checkpoint if every rank's part is there; None while parts are missing. One process calls it.
+
+    Raises CheckpointError when parts do not make up the whole, or `facts` are another step's.
+    """
+    if facts.get("step", step) != step:
+        raise CheckpointError(f"{root}: facts of step {facts['step']} cannot stand beside the weights of step {step}")
     partial, final = partial_folder(root, step, generation), checkpoint_folder(root, step)
-    parts = [Part.model_validate_json(path.read_text()) for path in sorted(partial.glob("part-*.json"))]
-    if not parts or len(parts) < parts[0].world:
-        return None
+    pages = sorted(partial.glob("part-*.json"))
+    parts = [Part.model_validate_json(page.read_text()) for page in pages[:1]]
+    if not parts or len(pages) < parts[0].world:
+        return None  # asked once a rank: each looks at one page, only the last at all
+    parts += [Part.model_validate_json(page.read_text()) for page in pages[1:]]
     shapes = _check_coverage(parts)
     manifest = Manifest(
         format=FORMAT,
@@ -196,12 +203,13 @@ def verify(folder: Path) -> Manifest:
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` complete checkpoints, and partial ones older than the newest."""
+    """Remove all but the newest `keep` complete checkpoints, and partial ones of steps before the newest. Of its own
+    step another generation may be writing one: that goes when its last part has come, or with the next step."""
     complete = list_checkpoints(root)
     gone = complete[:-keep]
     if complete:
         newest = complete[-1].name
-        gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] <= newest]
+        gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] < newest]
     _remove(gone)
     return gone
 

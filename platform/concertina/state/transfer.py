@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ROUND_BYTES", "Holdings", "TransferReport", "transfer"]
 
 ROUND_BYTES = 8 << 20
-"""What a pair exchanges in one round at most."""
+"""What a member sends, and what it gets, in one round at most."""
 
 Holdings = dict[str, list[tuple[Box, tuple[Tensor, Tensor, Tensor]]]]
 """Parameter to disjoint boxes of it, each with live storage of master weight and both moments."""
@@ -153,7 +153,7 @@ class _Transfer:
 
     def run(self, round_bytes: int, before_vote: Callable[[], None]) -> TransferReport:
         began = time.perf_counter()
-        limit = max(1, round_bytes // self.like.element_size())
+        limit = max(1, round_bytes // self.like.element_size() // self._most_peers())
         self._prepare(limit)
         rounds = self._move(limit)
         moved = time.perf_counter()
@@ -167,6 +167,14 @@ class _Transfer:
             move_s=moved - began,
             verify_s=time.perf_counter() - moved,
         )
+
+    def _most_peers(self) -> int:
+        """How many any member sends to, or gets from: they share a round. All must cut their streams alike."""
+        there = {move.target for move in self.plan.moves if move.source == self.member}
+        here = {move.source for move in self.plan.moves if move.target == self.member}
+        most = max(1, *(len(peers - {self.member}) for peers in (there, here)))
+        mine = torch.tensor([most], dtype=torch.int64, device=self.like.device)
+        return int(all_reduce_max(mine, self.group).finish().item())
 
     def _prepare(self, limit: int) -> None:
         """Copy what stays here, and say what goes into and comes out of which stream."""

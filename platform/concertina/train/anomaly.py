@@ -25,7 +25,11 @@ class Anomaly:
 
 @dataclass
 class AnomalyWatch:
-    """The recent past that spikes are measured against. Its whole state is three small values in the checkpoint."""
+    """The recent past that spikes are measured against. Its whole state is three small values in the checkpoint.
+
+    Judging changes nothing: a step that only some ranks could judge before one was lost is void, and they must all
+    stand alike again. `note` takes in a step that is applied, `go_back` one that is rolled back.
+    """
 
     config: AnomalyConfig
     recent: list[float] = field(default_factory=list)
@@ -37,14 +41,17 @@ class AnomalyWatch:
         if step in self.skipped:
             return Anomaly(step, "replayed", "skip", f"step {step} was rolled back before")
         found = self._look(step, loss, grad_norm)
+        if found is None or self.seen + 1 < self.config.max_events:
+            return found
+        detail = f"{found.detail}; anomaly {self.seen + 1} of at most {self.config.max_events}"
+        return Anomaly(step, found.kind, "stop", detail)
+
+    def note(self, step: int, loss: float, found: Anomaly | None) -> None:
+        """`step`, judged to be so, is done."""
         if found is None:
             self.recent = [*self.recent, loss][-WINDOW_STEPS:]
-            return None
-        self.seen += 1
-        if self.seen >= self.config.max_events:
-            detail = f"{found.detail}; anomaly {self.seen} of at most {self.config.max_events}"
-            return Anomaly(step, found.kind, "stop", detail)
-        return found
+        elif step not in self.skipped:
+            self.seen += 1
 
     def _look(self, step: int, loss: float, grad_norm: float) -> Anomaly | None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -63,11 +70,18 @@ class AnomalyWatch:
         return {"recent": list(self.recent), "skipped": sorted(self.skipped), "seen": self.seen}
 
     def load_state(self, state: dict[str, list[float] | list[int] | int]) -> None:
-        """Continue from `state()`. Steps already marked as skipped here stay so (a roll back loads the past)."""
+        """Continue from `state()`, whatever was before: who loads the same stands alike."""
         recent, skipped, seen = state["recent"], state["skipped"], state["seen"]
         assert isinstance(recent, list)
         assert isinstance(skipped, list)
         assert isinstance(seen, int)
         self.recent = [float(loss) for loss in recent]
-        self.skipped |= {int(step) for step in skipped}
+        self.skipped = {int(step) for step in skipped}
+        self.seen = seen
+
+    def go_back(self, state: dict[str, list[float] | list[int] | int], bad_step: int) -> None:
+        """Continue from a past `state()`, but remember what has gone wrong since, and skip the step that did."""
+        skipped, seen = self.skipped | {bad_step}, self.seen + 1
+        self.load_state(state)
+        self.skipped |= skipped
         self.seen = max(self.seen, seen)

@@ -262,6 +262,7 @@ class Engine:
         if result.anomaly is None or result.anomaly.action == "skip":
             self.applied = step
             self.tokens += result.tokens
+            self.watch.note(step, result.loss, result.anomaly)
         self.last_result = result
         return result
 
@@ -383,12 +384,16 @@ class Engine:
             "anomalies": self.watch.state(),
         }
 
-    def _take_facts(self, facts: dict[str, Any]) -> None:
+    def _take_facts(self, facts: dict[str, Any], bad_step: int | None = None) -> None:
         self.applied, self.tokens = int(facts["step"]), int(facts["tokens"])
-        self.watch.load_state(facts["anomalies"])
+        if bad_step is None:
+            self.watch.load_state(facts["anomalies"])
+        else:
+            self.watch.go_back(facts["anomalies"], bad_step)
 
-    def load(self, folder: Path) -> None:
-        """Continue from a checkpoint of any layout. Collective over the world: the weights go round.
+    def load(self, folder: Path, bad_step: int | None = None) -> None:
+        """Continue from a checkpoint of any layout; after a roll back skip the `bad_step` when it comes again.
+        Collective over the world: the weights go round.
 
         Raises CheckpointError when it is another model's; verify the folder first.
         """
@@ -399,7 +404,7 @@ class Engine:
             raise CheckpointError(text, tensor=biases[0])
         self.settle()
         load_boxes(folder, self.state() | self._held_alike())
-        self._take_facts(manifest.facts)
+        self._take_facts(manifest.facts, bad_step)
         self.optimizer.updates = int(manifest.facts["updates"])
         self.void()
         self.fill_seconds()

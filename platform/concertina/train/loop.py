@@ -82,7 +82,7 @@ class Loop:
         self.link = link
         self.root = checkpoints
         self.generation = self.saved = self.evaluated = 0
-        self.last_facts: dict[str, object] = {}
+        self.last_facts: dict[str, Any] = {}  # of the newest checkpoint begun
         self.records: dict[int, dict[str, Any]] = {}
         self.sheet = Timesheet()
         self.mark = self.sheet.mark()
@@ -209,12 +209,12 @@ class Loop:
             self._commit_now()
             self.saver.wait()
             self.last_facts = self.engine.facts()
-            self.saver.start(step, self.engine.state())
+            self.saver.start(step, self.engine.state(), self.last_facts)
         self.saved = step
         self._clock.lap()
 
-    def _part_written(self, step: int, part: Part) -> None:
-        self.link.send(PartWritten(part.rank, part.generation, step, self.last_facts))
+    def _part_written(self, step: int, part: Part, facts: dict[str, Any]) -> None:
+        self.link.send(PartWritten(part.rank, part.generation, step, facts))
 
     def keep(self, number: int, ranks: Iterable[int]) -> None:
         """Write a checkpoint of the last applied step under a number of its own: this rank's part and those of `ranks`,
@@ -222,14 +222,11 @@ class Loop:
 
         Whatever generation comes next writes under another number: each is complete by itself, or never.
         """
-        engine, facts = self.engine, self.engine.facts()
-
-        def written(step: int, part: Part) -> None:
-            self.link.send(PartWritten(part.rank, part.generation, step, facts))
-
+        engine = self.engine
         with self.sheet.spend(Bucket.CHECKPOINT_STALL):
-            saver = Saver(self.root, engine.rank, engine.layout.world, number, written)
-            saver.start(engine.applied, engine.state(), {rank: engine.state(rank) for rank in ranks})
+            saver = Saver(self.root, engine.rank, engine.layout.world, number, self._part_written)
+            others = {rank: engine.state(rank) for rank in ranks}
+            saver.start(engine.applied, engine.state(), engine.facts(), others)
 
     def _finish(self) -> None:
         """Commit the last step and leave a checkpoint of it."""
@@ -260,9 +257,9 @@ class Loop:
         to_step = self._newest_checkpoint()
         if to_step is None:
             return False
-        self.engine.load(checkpoint_folder(self.root, to_step))
-        self.engine.watch.skipped.add(bad_step)
+        self.engine.load(checkpoint_folder(self.root, to_step), bad_step)
         self._waiting = None
+        self.saved, self.evaluated = min(self.saved, to_step), min(self.evaluated, to_step)
         self.records.clear()
         self.engine.confirm()  # nobody says so before everybody has
         if self.first:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import select
+import selectors
 import socket
 import threading
 import time
@@ -65,6 +65,14 @@ class _Connection:
             self.socket.settimeout(max(0.01, deadline_s - time.monotonic()))
             self.receive()
         return self.inbox.popleft()
+
+
+def _ready(wanted: dict[socket.socket, int], bound_s: float) -> dict[Any, int]:
+    """Which of these can be read or written within the bound. Unlike `select` it knows descriptors of any number."""
+    with selectors.PollSelector() as selector:
+        for each, events in wanted.items():
+            selector.register(each, events)
+        return {key.fileobj: events for key, events in selector.select(bound_s)}
 
 
 class ChannelClient:
@@ -167,7 +175,7 @@ class ChannelClient:
         """Until the bound, a new address or the end; a queued message is no reason to hurry."""
         deadline = time.monotonic() + bound_s
         while not (self._closing or self._moved) and (left := deadline - time.monotonic()) > 0:
-            select.select([self._wake_read], [], [], left)
+            _ready({self._wake_read: selectors.EVENT_READ}, left)
             self._drain_wakes()
 
     def _drain_wakes(self) -> None:
@@ -218,13 +226,13 @@ class ChannelClient:
     def _exchange(self, connection: _Connection, until_s: float) -> None:
         """Send and receive what can be, at most until `until_s`."""
         bare = connection.socket
-        sources, sinks = [bare, self._wake_read], [bare] if connection.out else []
-        readable, writable, _ = select.select(sources, sinks, [], max(0.0, until_s - time.monotonic()))
-        if self._wake_read in readable:
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.out else 0)
+        found = _ready({bare: wanted, self._wake_read: selectors.EVENT_READ}, max(0.0, until_s - time.monotonic()))
+        if self._wake_read in found:
             self._drain_wakes()
-        if writable:
+        if found.get(bare, 0) & selectors.EVENT_WRITE:
             del connection.out[: bare.send(connection.out)]
-        if bare in readable:
+        if found.get(bare, 0) & selectors.EVENT_READ:
             connection.receive()
 
     def _beat(self) -> bytes:

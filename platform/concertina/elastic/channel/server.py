@@ -59,6 +59,10 @@ class Silence:
         return self.seconds > BOUNDS[name].seconds
 
 
+class _CallbackRaised(Exception):
+    """Not a connection's fault."""
+
+
 @dataclass
 class _Peer:
     """One connection. `hello` is None until it has proved itself."""
@@ -80,9 +84,10 @@ class _Peer:
 class ChannelServer:
     """Listens on one address of this node from the start. Callbacks come from its thread, in each member's order.
 
-    `heard(member, document)` comes once for every message. A message is acknowledged when it returns: what must outlive
-    this process must be on disk by then. `lost(member, evidence)` comes when an established connection ends without a
-    goodbye, evidence "reset", "eof", "timeout" or "garbage"; the member may connect again.
+    `heard(member, document)` comes once for every message. A message is acknowledged when it returns, or when the event
+    that it returns is set, after all before it: what must outlive this process must be on disk by then. What it raises
+    ends the server: `broken`. `lost(member, evidence)` comes when an established connection ends without a goodbye,
+    evidence "reset", "eof", "timeout" or "garbage"; the member may connect again.
     `gaps` are those between heartbeats on one connection, as this thread came to read them.
     `received` is what an earlier server's `received` said: no message comes twice over a restart.
     """
@@ -91,7 +96,7 @@ class ChannelServer:
         self,
         host: str,
         token: str,
-        heard: Callable[[int, dict[str, Any]], None],
+        heard: Callable[[int, dict[str, Any]], threading.Event | None],
         lost: Callable[[int, str], None],
         received: Mapping[str, int] | None = None,
     ) -> None:
@@ -101,8 +106,12 @@ class ChannelServer:
         self._expelled: set[int] = set()
         self.recorded = 0
         self.gaps = GapsByMember()
+        self.broken: BaseException | None = None
+        """Why the thread has ended, if not by `close`: nobody is heard any more."""
         self._heard, self._lost = heard, lost
         self._received = dict(received or {})
+        self._pending: dict[str, deque[tuple[int, threading.Event | None]]] = {}
+        self._round_s = time.monotonic()
         self._name = new_nonce()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
@@ -130,7 +139,7 @@ class ChannelServer:
 
     @property
     def received(self) -> dict[str, int]:
-        """The last message of every client (incarnation -> number), for the journal."""
+        """The last message of every client that is acknowledged (incarnation -> number), for the journal."""
         return dict(self._received)
 
     def connected(self) -> dict[int, Hello]:
@@ -138,10 +147,10 @@ class ChannelServer:
         return {member: peer.hello for member, peer in list(self._peers.items()) if peer.hello is not None}
 
     def silences(self) -> dict[int, Silence]:
-        """For every connected member how long it has been silent."""
-        now = time.monotonic()
+        """For every connected member how long it has been silent, up to when this server last listened to all: while
+        its thread is held up, nobody's silence grows."""
         return {
-            member: Silence(now - peer.heard_s, peer.step, peer.phase, peer.progress_age_s)
+            member: Silence(max(0.0, self._round_s - peer.heard_s), peer.step, peer.phase, peer.progress_age_s)
             for member, peer in list(self._peers.items())
         }
 
@@ -170,9 +179,14 @@ class ChannelServer:
     def _run(self) -> None:
         try:
             while not self._closing:
+                began_s = time.monotonic()
                 for key, events in self._selector.select(_TICK_S):
                     self._handle(key, events)
+                self._round_s = began_s  # what had come by then is heard
                 self._drop_late_greetings()
+        except BaseException as error:
+            self.broken = error.__cause__ if isinstance(error, _CallbackRaised) else error
+            log.exception("the channel ends")
         finally:
             for held in [*self._selector.get_map().values()]:
                 held.fileobj.close()  # type: ignore[union-attr]
@@ -207,6 +221,8 @@ class ChannelServer:
         self._write(peer, {"nonce": peer.nonce, "server": self._name})
 
     def _converse(self, peer: _Peer, events: int) -> None:
+        if peer.connection.fileno() < 0:
+            return  # closed earlier in this turn
         try:
             if events & selectors.EVENT_WRITE:
                 self._flush(peer)
@@ -220,6 +236,12 @@ class ChannelServer:
         except OSError as error:
             log.warning("a connection ends: %s", error)
             self._drop(peer, "timeout")
+        except _CallbackRaised:
+            raise
+        except Exception:
+            # Whatever somebody sends, also one who has proved nothing: it ends no other's connection.
+            log.exception("a connection is closed")
+            self._drop(peer, "garbage")
 
     def _read(self, peer: _Peer) -> None:
         try:
@@ -241,9 +263,9 @@ class ChannelServer:
                 self._listen(peer, peer.hello, document)
         if peer.hello is None or peer.connection.fileno() < 0:
             return
-        if said or peer.heard_s - peer.answered_s > _ANSWER_S:
+        if said or self._pending.get(peer.hello.incarnation) or peer.heard_s - peer.answered_s > _ANSWER_S:
             peer.answered_s = peer.heard_s
-            self._write(peer, {"ack": self._received.get(peer.hello.incarnation, 0), "recorded": self.recorded})
+            self._write(peer, {"ack": self._acknowledged(peer.hello.incarnation), "recorded": self.recorded})
 
     def _greet(self, peer: _Peer, document: dict[str, Any]) -> None:
         hello = Hello.from_document(document.get("hello"))
@@ -255,7 +277,7 @@ class ChannelServer:
             self._write(peer, {"expelled": True, "mac": mac})
             self._drop(peer, "expelled")
             return
-        acked = self._received.get(hello.incarnation, 0)
+        acked = self._acknowledged(hello.incarnation)
         self._write(peer, {"acked": acked, "mac": prove(self._token, "server", nonce, peer.nonce, acked)})
         peer.hello, peer.lines.limit_bytes = hello, LINE_LIMIT_BYTES
         self._unproven.remove(peer)
@@ -271,9 +293,7 @@ class ChannelServer:
     def _listen(self, peer: _Peer, hello: Hello, document: dict[str, Any]) -> None:
         match document:
             case {"seq": int(number), "say": dict(said)}:
-                if number > self._received.get(hello.incarnation, 0):
-                    self._heard(hello.member, said)
-                    self._received[hello.incarnation] = number
+                self._take(hello, number, said)
             case {
                 "beat": {"step": int(step), "phase": str(phase), "age_s": int() | float() as age_s, "heard": int(heard)}
             }:
@@ -286,6 +306,23 @@ class ChannelServer:
                 self._close(peer)
             case _:
                 raise WireError("a line that is none of the channel's")
+
+    def _take(self, hello: Hello, number: int, said: dict[str, Any]) -> None:
+        """Have a message heard, unless it has been."""
+        pending = self._pending.setdefault(hello.incarnation, deque())
+        if number <= (pending[-1][0] if pending else self._received.get(hello.incarnation, 0)):
+            return
+        try:
+            pending.append((number, self._heard(hello.member, said)))
+        except Exception as error:
+            raise _CallbackRaised from error
+
+    def _acknowledged(self, incarnation: str) -> int:
+        """The last of a client's messages up to which all need not be said again."""
+        pending = self._pending.get(incarnation)
+        while pending and (pending[0][1] is None or pending[0][1].is_set()):
+            self._received[incarnation], _ = pending.popleft()
+        return self._received.get(incarnation, 0)
 
     def _forget_controls(self, member: int, heard: int) -> None:
         controls = self._controls.get(member)

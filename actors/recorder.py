@@ -1,0 +1,75 @@
+"""Who writes down what members say, when storage takes its time? A thread of its own, in order: the channel's thread
+waits for none of it, and goes on hearing that everybody lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from actors.book import Book
+from concertina.elastic.messages import Message
+from concertina.elastic.waits import BOUNDS
+
+__all__ = ["Recorder"]
+
+log = logging.getLogger("concertina.coordinator")
+
+_MOST = 10_000  # as many as a member keeps unacknowledged
+
+
+class Recorder:
+    """Of one book. `put` is the channel's thread's, the other verbs are the conductor's."""
+
+    def __init__(self, book: Book, told: Callable[[Message], None]) -> None:
+        """`told` hears of each message once it is recorded, and of the one that could not be, in this thread."""
+        self.broken: BaseException | None = None
+        """Why one could not be recorded; no later one is."""
+        self._book, self._told = book, told
+        self._queue: queue.Queue[tuple[Message | None, threading.Event] | None] = queue.Queue(_MOST)
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+        book.catch_up = self.drain
+
+    def put(self, message: Message) -> threading.Event:
+        """Queue a message; set is what comes back once it is on storage. Waits only when far too many are queued."""
+        written = threading.Event()
+        self._queue.put((message, written))
+        return written
+
+    def drain(self) -> bool:
+        """Wait until all that was put before is recorded, or cannot be; False at the bound."""
+        reached, bound_s = threading.Event(), BOUNDS["record"].seconds
+        with suppress(queue.Full):
+            self._queue.put((None, reached), timeout=bound_s)
+        if reached.wait(bound_s):
+            return True
+        log.warning("%s", BOUNDS["record"])
+        return False
+
+    def close(self) -> None:
+        """Record what is queued, and end. Safe to call twice."""
+        if self._thread.is_alive() and self.drain():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            message, written = job
+            if message is not None and not self._record(message):
+                continue  # it is never acknowledged: whoever says it keeps it
+            written.set()
+
+    def _record(self, message: Message) -> bool:
+        if self.broken is not None:
+            return False
+        try:
+            self._book.record(message)
+        except Exception as error:
+            log.exception("what a member said cannot be recorded")
+            self.broken = error
+        self._told(message)
+        return self.broken is None
