@@ -18,9 +18,10 @@ from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.journal import Journal
-from concertina.elastic.channel.server import ChannelServer
+from concertina.elastic.channel.server import ChannelServer, Silence
 from concertina.elastic.choice import seat
-from concertina.elastic.generations import Generations, Order, OrderKind, Restore
+from concertina.elastic.doubts import Doubts
+from concertina.elastic.generations import Coming, Generations, Order, OrderKind, Restore
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Pause, Prepare, Prepared, encode
 from concertina.elastic.states import RunEvent, RunState
@@ -37,6 +38,7 @@ __all__ = ["Regrouping"]
 log = logging.getLogger("concertina.coordinator")
 
 _SETTLE_S = 0.5  # joiners that are ready within so long come in together
+_ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
 @dataclass
@@ -71,9 +73,17 @@ class Regrouping:
         self._unseated_since: float | None = None
         self._complaint_since: float | None = None
         self._too_few: tuple[frozenset[int], bool] | None = None
+        self._doubts = Doubts()
+        self._guest: int | None = None  # who is tried in the next planned change although it is in doubt
+        self._blamed: dict[int, str] = {}
+        self._failures: dict[int, str] = {}  # what members said, since a generation formed
 
     def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
-        found, least = seat(self.plan.job, present, old), self.plan.job.elastic.min_workers
+        least = self.plan.job.elastic.min_workers
+        trusted = self._doubts.trusted(present, self._guest)
+        if len(trusted) >= least:
+            present = trusted  # with fewer, there is no other way than with those in doubt
+        found = seat(self.plan.job, present, old)
         if found.layout.world < least and not self.asked_to_stop:  # to leave a checkpoint anybody will do
             text = f"{len(present)} members are there, elastic.min_workers={least}"
             raise CapacityError(text)
@@ -112,6 +122,8 @@ class Regrouping:
             self._change = self._change or Change("loss", [], seating)
             self._change.losses += losses
             self.book.move(RunEvent.LOSS, "; ".join(map(str, losses)))
+        elif self.generations.is_settled:
+            self._deadline = self._change = None  # what was planned is called off
         self._do(orders)
 
     def _tell_member(self, news: MemberNews) -> None:
@@ -120,11 +132,17 @@ class Regrouping:
     def hear(self, message: Message) -> None:
         match message:
             case Prepared():
+                if message.failure:
+                    log.info("member %d cannot prepare: %s", message.member, message.failure)
+                    self._failures[message.member] = message.failure
                 self._do(self.generations.prepare(message.member, message.generation, message.failure))
             case Halted():
+                if message.failure:
+                    self._failures[message.member] = message.failure
                 if self._change is not None:
                     self._change.records += message.records
                 self._do(self.generations.halt(message))
+                self._bound_the_stop()
             case Formed():
                 self._hear_formed(message)
 
@@ -148,15 +166,37 @@ class Regrouping:
             if self._enough(now):
                 self._begin_anew()
             return
-        if self._stuck(now):
-            self._complaint_since = None
-            self._change = self._change or Change("network", [], generations.seating)
-            if not generations.trains:
-                self.book.move(RunEvent.LOSS, "the network between members broke")
-            self._do(generations.begin(planned=True))
+        if self._stuck(now) or self._overdue(now):
+            self._try_again()
         elif generations.is_settled and not self.asked_to_stop and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
+        self._guest = None
+
+    def _try_again(self) -> None:
+        """What is under way does not come about, and nobody is lost. Who only prepares is let be; else a fence comes
+        first: who does not answer it is to blame."""
+        generations, coming = self.generations, self.generations.coming
+        self._complaint_since = None
+        if coming is not None and generations.trains:
+            self._call_off(coming)
+            return
+        self._change = self._change or Change("network", [], generations.seating)
+        roster, prepared = (coming.seating.roster, coming.prepared) if coming is not None else ((), set())
+        self._doubts.come_to(self.book.step)
+        self._doubts.fail(generations.present, roster, prepared)
+        self.book.move(RunEvent.LOSS, "the network between members broke")
+        self._do(generations.begin())
+
+    def _call_off(self, coming: Coming) -> None:
+        """Members that train are not to blame for one that nobody can join with."""
+        to_blame = self._doubts.refuse(coming.seating.roster, coming.prepared)
+        log.warning("generation %d is called off: %s", coming.number, self._failures or "not prepared in time")
+        if to_blame is not None:
+            said = self._failures.get(to_blame, f"not done within {BOUNDS['prepare'].seconds:g} s: prepare")
+            self._blamed[to_blame] = said
+        self._deadline = self._change = self._unseated_since = None
+        self.generations.call_off()
 
     def _begin_anew(self) -> None:
         """After a shortage, or for the first time. Who was too few once is so until somebody else comes."""
@@ -196,6 +236,10 @@ class Regrouping:
         self._complaint_since = self._complaint_since or now
         return now - self._complaint_since > BOUNDS["complaint"].seconds
 
+    def _overdue(self, now: float) -> bool:
+        """A generation takes too long. (Of a HALT, `late` says who is to blame.)"""
+        return self._deadline is not None and now > self._deadline[0] and self._deadline[1] != "halt"
+
     def _grows(self, now: float) -> bool:
         """Whether members that wait for a seat would make the world larger, and all that come now are there."""
         seating = self.generations.seating
@@ -208,7 +252,10 @@ class Regrouping:
         patience = BOUNDS["gather"].seconds if self.expected else _SETTLE_S
         if now - since < patience or seating.layout.world >= self.plan.job.cluster.num_workers:
             return False
-        return self._seat(self.generations.present, seating).layout.world > seating.layout.world
+        if self._seat(self.generations.present, seating).layout.world > seating.layout.world:
+            return True
+        self._guest = self._doubts.guest(waiting)  # as a spare, where it makes no larger world by itself
+        return self._guest is not None
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
@@ -223,7 +270,7 @@ class Regrouping:
                     self._prepare(order)
                 case OrderKind.STOP:
                     self._tell(order, Control(regroup=True))
-                    self._expect("form")
+                    self._deadline = None  # a step may take as long as it takes
                 case OrderKind.MOVE:
                     self._move(order)
                 case OrderKind.RESTORE:
@@ -241,6 +288,12 @@ class Regrouping:
 
     def _expect(self, bound: str) -> None:
         self._deadline = (time.monotonic() + BOUNDS[bound].seconds, bound)
+
+    def _bound_the_stop(self) -> None:
+        """All leave at the same step boundary: once one has, the others are not far."""
+        coming = self.generations.coming
+        if coming is not None and coming.planned and coming.stopping and self._deadline is None:
+            self._expect("form")
 
     def _prepare(self, order: Order) -> None:
         coming = self.generations.coming
@@ -266,7 +319,7 @@ class Regrouping:
         saved = max(self.book.newest_checkpoint(), self.plan.resume_step)
         evaluated = max(order.move.evaluated, self.plan.resume_step if order.move.source is None else 0)
         self._tell(order, replace(order.move, saved=saved, evaluated=evaluated))
-        self._expect("form")
+        self._expect("load" if order.move.source is None else "form")
 
     def _restore(self) -> None:
         """Nobody has the whole state: the newest checkpoint, or the beginning."""
@@ -292,6 +345,8 @@ class Regrouping:
         seating, change = self.generations.seating, self._change
         assert seating is not None
         self._deadline = self._change = self._complaint_since = None
+        self._doubts.settle(seating.roster)
+        self._failures.clear()
         self.book.sit(number, seating.layout.world, step)
         if change is not None:
             self.book.fill(change.records, step)
@@ -340,25 +395,16 @@ class Regrouping:
     # -- bounds -------------------------------------------------------------------------------------------------------
 
     def late(self, members: Collection[int]) -> list[Loss]:
-        """Members that have not done what was ordered within its bound."""
-        coming = self.generations.coming
-        if self._deadline is None or coming is None or time.monotonic() < self._deadline[0]:
-            return []
-        bound = self._deadline[1]
-        if coming.planned and coming.stopping and not coming.moving:
-            done = set(self.generations.reports)
-        elif coming.moving:
-            done = coming.formed
-        elif bound == "prepare":
-            done = coming.prepared
-        else:
-            done = set(self.generations.reports)
-        wanted = set(coming.seating.roster) if coming.moving or bound == "prepare" else self.generations.holders
-        late = sorted((wanted - done) & set(members))
-        self._expect(bound)
-        nodes = self.generations.present
-        text = f"not done within {BOUNDS[bound].seconds:g} s: {bound}"
-        return [Loss(member, nodes.get(member, ""), Reason.LATE, text) for member in late]
+        """Members that have not done within its bound what each does by itself: answer a HALT, or, alone, join."""
+        nodes, late = self.generations.present, {m: why for m, why in self._blamed.items() if m in members}
+        self._blamed.clear()
+        if self._deadline is not None and self._deadline[1] == "halt" and time.monotonic() > self._deadline[0]:
+            silences = self.server.silences()
+            for member in (self.generations.holders - self.generations.reports.keys()).intersection(members):
+                if not _is_on_storage(silences.get(member)):
+                    late[member] = f"not done within {BOUNDS['halt'].seconds:g} s: halt"
+            self._expect("halt")
+        return [Loss(member, nodes.get(member, ""), Reason.LATE, late[member]) for member in sorted(late)]
 
     # -- a coordinator that restarts ----------------------------------------------------------------------------------
 
@@ -375,3 +421,10 @@ class Regrouping:
         elif seating is not None:
             self._change = Change("coordinator", [], seating)
         self._do(orders)
+
+
+def _is_on_storage(silence: Silence | None) -> bool:
+    """Whether a member that is heard waits for nobody but a disk, which may take a while."""
+    if silence is None or silence.suspicious:
+        return False
+    return silence.phase in _ON_STORAGE and silence.progress_age_s < BOUNDS["storage"].seconds

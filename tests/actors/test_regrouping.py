@@ -15,6 +15,7 @@ from actors.book import Book
 from actors.journal import Journal
 from actors.regrouping import Regrouping
 from concertina.config import Job
+from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Message, Move, Prepare, decode
 from concertina.elastic.states import RunState
@@ -32,6 +33,10 @@ class Outgoing:
     def __init__(self) -> None:
         self.recorded, self.address = 0, ("127.0.0.1", 0)
         self.orders: list[tuple[int, Message]] = []
+        self.heard: dict[int, Silence] = {}
+
+    def silences(self) -> dict[int, Silence]:
+        return self.heard
 
     def send(self, member: int, document: dict[str, Any]) -> None:
         self.orders.append((member, decode(document)))
@@ -46,10 +51,10 @@ class Outgoing:
 class Scene:
     """One session's regrouping, its book and its journal; `restart` is another coordinator at the same files."""
 
-    def __init__(self, folder: Path, **elastic: int) -> None:
-        cluster = {"num_workers": 3}
+    def __init__(self, folder: Path, workers: int = 3, **elastic: int) -> None:
+        cluster = {"num_workers": workers}
         job = Job.model_validate({"name": "a", "cluster": cluster, "elastic": elastic})
-        self.plan = RunPlan("a-1", folder, folder, job, Layout(3), "cpu", "session", "token")
+        self.plan = RunPlan("a-1", folder, folder, job, Layout(workers), "cpu", "session", "token")
         self.plan.checkpoints.mkdir()
         self.log = EventLog(folder / "events.jsonl", "a-1")
         self.log.append(EventType.START, {"session": "session", "resumed_from_step": None})

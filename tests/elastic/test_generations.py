@@ -161,10 +161,8 @@ def test_who_only_prepares_or_waits_stops_nobody_when_it_is_lost() -> None:
     (spare,) = generations.seating.spares
     generations.arrive(3, "node 3")
     generations.begin(planned=True)
-    orders = generations.lose([3])
-    assert (kinds(orders), orders[0].number) == ([PREPARE], 2)
-    assert generations.coming is not None
-    assert generations.coming.planned
+    assert generations.lose([3]) == []
+    assert generations.is_settled, "what was planned is called off"
     form_nothing = generations.form(0, 1)
     assert not form_nothing
     settled = trained(3)
@@ -182,6 +180,43 @@ def test_a_planned_change_goes_on_when_the_world_has_stopped_before_it_is_asked(
     assert generations.is_stuck
     orders = [order for member in range(4) for order in generations.prepare(member, 1)]
     assert kinds(orders) == [STOP, MOVE]
+
+
+def test_one_that_complains_while_the_world_is_to_stop_is_heard() -> None:
+    """The others may wait for what never comes."""
+    generations = trained(2)
+    generations.arrive(2, "node 2")
+    generations.arrive(3, "node 3")
+    generations.begin(planned=True)
+    for member in range(4):
+        generations.prepare(member, 1)
+    generations.halt(said(0, 0, 7, answers=-1))
+    assert not generations.is_stuck, "it stopped because it was asked to"
+    generations.halt(said(0, 0, 7, answers=-1, failure="network"))
+    assert generations.is_stuck
+
+
+def test_who_is_left_out_is_no_source_and_stops_nobody() -> None:
+    """It may have halted late, and have verified what it was to be given."""
+    generations = trained(4)
+    left_out: set[int] = set()
+    generations._seat = lambda present, old: seats({m: n for m, n in present.items() if m not in left_out}, old)
+    generations.lose([3])
+    generations.arrive(9, "node 9")
+    generations.begin()
+    for member in (0, 1, 2):
+        generations.halt(said(member, 0, 7, answers=2))
+    left_out.add(9)
+    assert set(generations.begin()[0].members) == {0, 1, 2, 9}, "it is told to halt like the others"
+    generations.halt(said(9, -1, 0, answers=3, verified=2))
+    for member in (0, 1, 2):
+        orders = generations.halt(said(member, 0, 7, answers=3, verified=2))
+    assert orders[-1].move is not None
+    assert 9 not in orders[-1].members
+    assert orders[-1].move.present == [0, 1, 2]
+    form(generations, 3)
+    assert generations.halt(said(9, -1, 0, answers=3, failure="not prepared", failed=2)) == []
+    assert generations.trains
 
 
 @pytest.mark.parametrize("how", ["prepare", "move"])

@@ -116,7 +116,10 @@ class Generations:
             return self.is_settled and not self.holders.isdisjoint(self.reports)
         if coming.failed or any(report.failed == coming.number for report in self.reports.values()):
             return True
-        return coming.planned and not coming.stopping and bool(self.reports)
+        if not coming.planned or coming.moving:
+            return False
+        stopped = self.reports.values()  # of those that stop as they are asked to, the others are waited for
+        return any(report.failure for report in stopped) if coming.stopping else bool(stopped)
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
@@ -125,15 +128,24 @@ class Generations:
         self.present[member] = node
 
     def lose(self, members: list[int]) -> list[Order]:
-        """These are gone for good. Nobody else is touched unless one of them had a seat."""
+        """These are gone for good. Nobody else is touched unless one of them had a seat: a planned change is called
+        off."""
         for member in members:
             self.present.pop(member, None)
             self.reports.pop(member, None)
-        trained = self.trains and self._ranks().isdisjoint(members)
-        if trained and self.coming is None:
-            return []
         seated = self._ranks() | (set(self.coming.seating.roster) if self.coming else set())
-        return self.begin(planned=trained) if seated.intersection(members) else []
+        if seated.isdisjoint(members):
+            return []
+        if self.trains and self._ranks().isdisjoint(members):
+            self.call_off()
+            return []
+        return self.begin()
+
+    def call_off(self) -> None:
+        """A planned change does not come about; the generation before goes on. Whoever prepares for it is told when it
+        is to prepare for another."""
+        assert self.trains
+        self.coming = None
 
     def _ranks(self) -> set[int]:
         return {member for seating in self.possible.values() for member in seating.members}
@@ -192,6 +204,8 @@ class Generations:
         is_new |= self.coming is not None and report.failed == self.coming.number  # nobody was told that before
         if report.member not in self.present or not is_new:
             return []
+        if self.coming is None and report.member not in self.holders:
+            return []  # it was left out, and stops nobody
         self.reports[report.member] = report
         return self._advance()
 
@@ -260,7 +274,7 @@ class Generations:
         newest = next(report for report in adopted if report.step == step)
         able = {r.member for r in adopted if step in (r.step, r.pending)}
         able |= {report.member for report in self.reports.values() if report.verified == source}
-        able.intersection_update(seating.members)
+        able.intersection_update(seating.members, coming.seating.roster)  # who is left out can send nothing
         if not _complete(seating, able):
             return None
         return Move(
