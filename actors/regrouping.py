@@ -26,7 +26,7 @@ from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Control, Formed, Halt, Halted, Message, Pause, Prepare, Prepared, encode
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
-from concertina.errors import CapacityError
+from concertina.errors import CapacityError, RankFailure
 from concertina.layout import Seating
 from concertina.parallel.groups import make_store
 from concertina.state.manifest import list_checkpoints, read_manifest
@@ -38,6 +38,8 @@ __all__ = ["Regrouping"]
 log = logging.getLogger("concertina.coordinator")
 
 _SETTLE_S = 0.5  # joiners that are ready within so long come in together
+_MOST_TRIES = 10  # regroupings in a row without a new step, at least: a bad network may come back in five minutes
+_MOST_SAID = 4  # of what members said, in one line
 _ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
@@ -116,8 +118,14 @@ class Regrouping:
         for loss in losses:
             self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
             self.journal.pids.pop(loss.member, None)  # a coordinator that restarts shall not take it back
-        seating = self.generations.seating
+            self._failures.pop(loss.member, None)
+        seating, coming = self.generations.seating, self.generations.coming
+        begun = coming.moving if coming is not None else self.generations.is_settled
         orders = self.generations.lose([loss.member for loss in losses])
+        if begun and orders and not self.generations.trains:  # of many lost at a time it is one try
+            self._doubts.come_to(self.book.step)
+            self._doubts.tries += 1
+            self._bear_with(losses)
         if (orders and not self.generations.trains) or self.generations.shortage:
             self._change = self._change or Change("loss", [], seating)
             self._change.losses += losses
@@ -185,8 +193,27 @@ class Regrouping:
         roster, prepared = (coming.seating.roster, coming.prepared) if coming is not None else ((), set())
         self._doubts.come_to(self.book.step)
         self._doubts.fail(generations.present, roster, prepared)
+        self._bear_with([])
         self.book.move(RunEvent.LOSS, "the network between members broke")
         self._do(generations.begin())
+
+    def _bear_with(self, losses: list[Loss]) -> None:
+        """End the run when it gets nowhere: every node has had its chances, and no step came of it."""
+        elastic, nodes = self.plan.job.elastic, self.plan.job.cluster.num_nodes
+        most = max(_MOST_TRIES, elastic.max_losses_per_node * nodes)
+        if self._doubts.tries < most:
+            return
+        said = [str(loss) for loss in losses] or [f"member {m}: {why}" for m, why in self._failures.items()]
+        last, rest = "; ".join(said[:_MOST_SAID]), len(said) - _MOST_SAID
+        remedy = (
+            "see in logs/ what members die of, above all their memory"
+            if losses
+            else "see that all nodes reach each other on every port, or leave out the one that does not"
+        )
+        text = f"regrouped {most} times, and no step came after step {self.book.step}; the last time {last}"
+        text += f" and {rest} more" if rest > 0 else ""
+        reason = losses[0].reason if losses else Reason.LATE
+        raise RankFailure(f"{text}: {remedy}, and resume", reason=reason.value)
 
     def _call_off(self, coming: Coming) -> None:
         """Members that train are not to blame for one that nobody can join with."""

@@ -10,9 +10,10 @@ import pytest
 
 from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
-from concertina.elastic.messages import Control, Halt, Halted, Move, Prepare, Prepared
+from concertina.elastic.messages import Committed, Control, Halt, Halted, Move, Prepare, Prepared
 from concertina.elastic.states import RunState
 from concertina.elastic.waits import BOUNDS
+from concertina.errors import RankFailure
 from tests.actors.test_regrouping import Scene
 
 pytestmark = pytest.mark.unit
@@ -53,6 +54,7 @@ class Clocked(Scene):
         self.arrive(0, 1)
         self.passes("gather")
         self.formed(0, 0, 0, 1)
+        self.turn()
         self.channel.orders.clear()
         assert self.book.state is RunState.TRAINING
 
@@ -254,3 +256,104 @@ def test_who_steps_and_does_not_answer_a_halt_is_given_up(scene: Clocked) -> Non
     scene.halted(0, scene.number, 0, 7)
     scene.channel.heard = {1: Silence(0.1, 7, "step", 40.0)}
     assert [loss.member for loss in scene.passes("halt")] == [1]
+
+
+# -- what leads nowhere -----------------------------------------------------------------------------------------------
+
+
+def repeatedly(do: Callable[[int], None], times: int) -> None:
+    for number in range(times):
+        do(number)
+
+
+def cannot_form(scene: Clocked) -> None:
+    """All of the generation under way say so, and wait."""
+    assert scene.regrouping.generations.coming is not None
+    scene.broke(*scene.regrouping.generations.coming.seating.roster)
+    scene.turn()
+    scene.passes("complaint")
+
+
+def test_members_that_never_reach_each_other_end_the_run(scene: Clocked) -> None:
+    scene.arrive(0, 1, 2)
+    with pytest.raises(RankFailure) as caught:
+        repeatedly(lambda _: cannot_form(scene), 50)
+    text = caught.value.message
+    assert "regrouped 10 times" in text
+    assert "step 0" in text
+    assert "not connected" in text
+    assert scene.number < 12
+
+
+def test_a_run_begins_with_those_that_reach_each_other(clocked: Callable[..., Clocked]) -> None:
+    """And the others come one by one; the one with whom nobody can form anything is given up."""
+    scene = clocked(4)
+    scene.arrive(0, 1, 2, 3)
+    while scene.regrouping.generations.coming is not None:
+        roster = scene.regrouping.generations.coming.seating.roster
+        if 3 in roster:
+            cannot_form(scene)
+            for member in scene.regrouping.generations.holders:
+                scene.regrouping.hear(Halted(member, scene.number, -1, -1, 0, None, None, [], 0, ""))
+        else:
+            scene.formed(scene.number, 0, *roster)
+    assert scene.book.state is RunState.TRAINING
+    assert 3 not in scene.world
+    assert len(scene.world) > 1
+
+
+def test_a_loss_with_a_joiner_that_nobody_reaches_is_recovered_from_without_it(clocked: Callable[..., Clocked]) -> None:
+    scene = clocked(4)
+    scene.two_train()
+    scene.arrive(2)
+    scene.lose(1)
+    assert set(scene.channel.take(Prepare)) == {0, 2}
+    scene.moves()
+    scene.channel.orders.clear()
+    scene.broke(0, 2)
+    scene.turn()
+    scene.passes("complaint")
+    for member in (0, 2):
+        scene.halted(member, scene.number, 0 if member == 0 else -1, 7)
+    assert set(scene.channel.take(Move)) == {0}
+    scene.formed(scene.number, 7, 0)
+    assert scene.book.state is RunState.TRAINING
+
+
+def kill_and_replace(scene: Clocked, newest: int) -> None:
+    """The newest is killed, as by the kernel for its memory; another one comes and forms with the other two."""
+    scene.lose(newest)
+    for member in sorted(scene.regrouping.generations.holders):
+        scene.halted(member, scene.number, scene.number - 1, 7)
+    scene.formed(scene.number, 7, 0, 1)
+    scene.joins(newest + 1)
+    scene.prepared(0, 1, newest + 1)
+    for member in (0, 1):
+        scene.halted(member, -1, scene.number - 1, 7)
+    scene.formed(scene.number, 7, 0, 1, newest + 1)
+
+
+def test_members_that_always_die_before_a_step_end_the_run(scene: Clocked) -> None:
+    scene.trains()
+    with pytest.raises(RankFailure) as caught:
+        repeatedly(lambda number: kill_and_replace(scene, 2 + number), 50)
+    assert "regrouped 10 times, and no step came after step 7" in caught.value.message
+    assert "(killed: killed)" in caught.value.message
+
+
+def test_as_long_as_steps_come_members_may_die(scene: Clocked) -> None:
+    scene.trains()
+    for newest in range(2, 30):
+        kill_and_replace(scene, newest)
+        scene.book.record(Committed(scene.book.step + 1, {"loss": 1.0}))
+
+
+def test_many_that_die_at_a_time_are_one_try(clocked: Callable[..., Clocked]) -> None:
+    scene = clocked(16)
+    scene.arrive(*range(16))
+    scene.formed(0, 0, *range(16))
+    for member in range(15, 1, -1):  # one turn of the conductor each
+        scene.lose(member)
+    for member in sorted(scene.regrouping.generations.holders):
+        scene.halted(member, scene.number, 0, 7)
+    assert scene.regrouping.generations.coming is not None
