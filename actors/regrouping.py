@@ -447,6 +447,11 @@ class Regrouping:
             self.book.end_if_finished()
         elif seating is not None:
             self._change = Change("coordinator", [], seating)
+            self.book.move(RunEvent.LOSS, "the coordinator restarted")
+            if generations.shortage is None:
+                self.book.move(RunEvent.CAPACITY)  # if the one before waited for that
+        self._doubts.settle(min(self.journal.seatings.items())[1].roster if self.journal.seatings else ())
+        self._unseated_since = time.monotonic() if present else None
         self._do(orders)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Message, Move, Prepare, decode
 from concertina.elastic.states import RunState
+from concertina.elastic.waits import BOUNDS
 from concertina.layout import Layout
 from concertina.track.events import EventLog, EventType, read_events
 
@@ -237,3 +239,66 @@ def test_too_few_wait_and_go_on_when_there_are_enough(tmp_path: Path) -> None:
     scene.formed(2, 7, 0, 2, 3)
     assert scene.book.state is RunState.TRAINING
     scene.log.close()
+
+
+def written_down(scene: Scene, *members: int) -> None:
+    """What the conductor has in the journal of its members, before it ends."""
+    for member in members:
+        scene.journal.pids[member], scene.journal.nodes[member] = 1, f"node-{member}"
+    scene.journal.write()
+
+
+def test_restarted_with_too_few_it_waits_for_capacity_and_goes_on(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, min_workers=2)
+    scene.trains()
+    written_down(scene, 0, 1, 2)
+    scene.restart()
+    scene.regrouping.reattach({0: "node-0"}, {0: 0})
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY, "or capacity_timeout_s never counts"
+    scene.halted(0, scene.regrouping.generations.last_number, 0, 7)
+    scene.arrive(3, 4)
+    assert scene.book.state is RunState.FORMING
+    scene.formed(scene.regrouping.generations.last_number, 7, 0, 3, 4)
+    assert scene.book.state is RunState.TRAINING
+    scene.log.close()
+
+
+def test_restarted_when_it_waited_for_capacity_and_there_is_enough(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, min_workers=3)
+    scene.trains()
+    scene.lose(2)
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    written_down(scene, 0, 1, 3)
+    scene.restart()
+    scene.regrouping.reattach(dict.fromkeys((0, 1, 3), "node"), {0: -1, 1: -1, 3: -1})
+    number = scene.regrouping.generations.last_number
+    for member in (0, 1):
+        scene.halted(member, number, 0, 7)
+    scene.formed(number, 7, 0, 1, 3)
+    assert scene.book.state is RunState.TRAINING
+    scene.log.close()
+
+
+def test_restarted_with_nobody_left_it_waits_for_capacity(scene: Scene) -> None:
+    """And a stop ends it there, rather than wait for a checkpoint that nobody writes."""
+    scene.trains()
+    written_down(scene, 0, 1, 2)
+    scene.restart()
+    scene.regrouping.reattach({}, {})
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    assert not scene.regrouping.holds_state
+
+
+def test_restarted_while_members_gather_it_begins_with_those_that_are_there(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.arrive(0, 1)
+    written_down(scene, 0, 1)
+    scene.restart()
+    scene.regrouping.reattach({0: "node-0", 1: "node-1"}, {0: -1, 1: -1})
+    scene.regrouping.look()
+    assert scene.channel.orders == []
+    later = time.monotonic() + BOUNDS["gather"].seconds + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    scene.regrouping.look()
+    assert set(scene.channel.take(Prepare)) == {0, 1}
