@@ -147,11 +147,12 @@ class Hands:
         """A standby beside this member, which is lost, takes its room; None where there is none."""
         node_id = self.members[number].node_id
         heir = next((s for s in self.standbys.values() if s.node_id == node_id and s.pid), None)
-        if heir is not None and node_id in self.agents:
-            self.members[heir.number] = self.standbys.pop(heir.number)
-            for reservation in self.reservations:
-                if number in reservation.held:
-                    reservation.held ^= {number, heir.number}
+        if heir is None or node_id not in self.agents:  # without its agent the node is gone as well
+            return None
+        self.members[heir.number] = self.standbys.pop(heir.number)
+        for reservation in self.reservations:
+            if number in reservation.held:
+                reservation.held ^= {number, heir.number}
         return heir
 
     def _start_agent(self, node_id: str) -> None:
