@@ -74,7 +74,7 @@ class NodeAgent:
     def __init__(self, session: str = "") -> None:
         self._session = session
         self._reservations: list[str] = []
-        self._heeded: set[int] = set()
+        self._heeded: set[tuple[int, int]] = set()
         self._wards, self._coordinator = Wards(), Wards()
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
@@ -87,20 +87,20 @@ class NodeAgent:
         """The coordinator lives, there and with that pid; these are the pids of its members and its placement groups on
         this node."""
         self._wards.are(list(members.values()))
-        for member in members.keys() - self._heeded:
-            self._heed(member)
+        for member, pid in members.items() - self._heeded:
+            self._heed(member, pid)
         self._reservations = reservations
         self._coordinator.are([coordinator] if host == socket.gethostname() else [])
         self._renewed = time.monotonic()
 
-    def _heed(self, member: int) -> None:
+    def _heed(self, member: int, pid: int) -> None:
         """Tell the coordinator when this member dies, which may be long before Ray and its peers can know."""
-        self._heeded.add(member)
+        self._heeded.add((member, pid))
         if is_supported():
-            threading.Thread(target=self._listen, args=(member,), name=f"bell-{member}", daemon=True).start()
+            threading.Thread(target=self._listen, args=(member, pid), name=f"bell-{member}", daemon=True).start()
 
-    def _listen(self, member: int) -> None:
-        bell = DeathBell(bell_name(self._session, member))
+    def _listen(self, member: int, pid: int) -> None:
+        bell = DeathBell(bell_name(self._session, member, pid))
         while not bell.listen(_LOOK_S):
             continue
         try:

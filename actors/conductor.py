@@ -278,6 +278,8 @@ class Conductor:
         self.book.event(EventType.STATE, self.book.step, state=state, reason=reason)
         if not members:
             self.book.state = RunState.WAITING_FOR_CAPACITY
+            self.hands.adopt({}, {})  # what was on its way ends, and its numbers and names are used
+            self.hands.give_back()
             sweep(self.plan.namespace)
             return
         answers = self.hands.adopt(members, self.journal.nodes)
