@@ -108,12 +108,14 @@ class NodeAgent:
         except ValueError:
             log.debug("member %d has ended, and there is no coordinator to tell", member)
 
-    def stopped(self, pid: int) -> bool:
-        """Whether a process stands still (SIGSTOP, a debugger): proof, where its silence is only suspicion."""
-        try:
-            return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        except psutil.NoSuchProcess:
-            return False
+    def stopped(self, pids: list[int]) -> list[int]:
+        """Which processes stand still (SIGSTOP, a debugger): proof, where their silence is only suspicion."""
+        found = []
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                    found.append(pid)
+        return found
 
     def end(self, pids: list[int]) -> None:
         """Kill processes of ranks."""
@@ -148,7 +150,7 @@ class NodeAgent:
 
     def _end_frozen_coordinator(self) -> None:
         if self._silent_s > BOUNDS["coordinator_frozen"].seconds:
-            self._coordinator.end([pid for pid in self._coordinator.pids if self.stopped(pid)])
+            self._coordinator.end(self.stopped(self._coordinator.pids))
 
     @property
     def _silent_s(self) -> float:

@@ -87,7 +87,7 @@ class Conductor:
         self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
-        self._turned = self._renewed = time.monotonic()
+        self._renewed = time.monotonic()
         self._short_since: float | None = None
         self._said, self._said_s = "", 0.0
 
@@ -146,16 +146,16 @@ class Conductor:
 
     def _turn(self) -> None:
         """Wait for news, at most a turn, and look at everything."""
+        began = time.monotonic()
         self._wake.wait(self.regrouping.turn_s(TURN_S))
         self._wake.clear()
         if self._broken is not None:
             raise self._broken
         now = time.monotonic()
-        late_s, self._turned = now - self._turned, now
         if now - self._renewed > LEASE_EVERY_S:
             self._renewed = now
             self.hands.renew_leases()
-        if late_s > BOUNDS["silence"].seconds:
+        if now - began > BOUNDS["silence"].seconds:  # what its own work takes is no reason
             self.wishes.forgive()  # this process stood still itself: let it hear before it judges
             self.evidence.forgive()
             return
