@@ -235,7 +235,7 @@ class Conductor:
             self.book.move(RunEvent.STOP_ASKED, reason)  # all were lost while they stopped: nobody is waited for
 
     def _recruit(self) -> None:
-        if not self.regrouping.asked_to_stop and not self.book.finished:
+        if self.regrouping.wants_members:
             self.recruiter.look()
         born = self.hands.born()
         for member in born:

@@ -38,7 +38,8 @@ class Evidence:
 
     def look(self, complaining: bool) -> list[Loss]:
         """Members that are lost, by what is known now. `complaining`: some have lost the network to their peers."""
-        losses = [self._loss(member, reason, why) for member, (reason, why) in self.hands.gone().items()]
+        gone = self.hands.gone()
+        losses = [self._loss(member, self._judged(member, reason), why) for member, (reason, why) in gone.items()]
         found = {loss.member for loss in losses}
         died = (self.dead & self.hands.members.keys()) - found
         losses += [self._loss(member, Reason.KILLED, _DIED) for member in sorted(died)]
@@ -51,6 +52,11 @@ class Evidence:
             loss = self._listen(number, silences.get(number), complaining, number in stopped)
             losses += [] if loss is None else [loss]
         return losses
+
+    def _judged(self, member: int, reason: Reason) -> Reason:
+        """One that cannot begin where others could says something of its node, not of the run."""
+        others = any(other.pid for other in self.hands.members.values())
+        return Reason.UNBORN if reason is Reason.RAISED and others and not self.hands.members[member].pid else reason
 
     def _stopped(self, living: list[int], silences: dict[int, Silence]) -> set[int]:
         """Agents are asked on suspicion only, about all suspects at a time: of a whole node that stands still nobody

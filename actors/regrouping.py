@@ -240,6 +240,11 @@ class Regrouping:
             self.book.move(RunEvent.STOP_ASKED, f"{self.book.stop_reason}; no checkpoint of the last steps")
 
     @property
+    def wants_members(self) -> bool:
+        """Whether more are of use: at its end the run needs none, unless too few are left for the last checkpoint."""
+        return not self.asked_to_stop and (self.generations.shortage is not None or not self.book.is_finishing)
+
+    @property
     def holds_state(self) -> bool:
         """Whether there is something that a checkpoint could keep."""
         return bool(self.generations.holders)
@@ -272,7 +277,7 @@ class Regrouping:
         seating = self.generations.seating
         assert seating is not None
         waiting = [m for m in self.generations.present if seating.rank_of(m) is None]
-        if not waiting or self.book.finished or self.book.state is not RunState.TRAINING:
+        if not waiting or self.book.is_finishing or self.book.state is not RunState.TRAINING:
             self._unseated_since = None
             return False
         since = self._unseated_since = self._unseated_since or now

@@ -181,3 +181,19 @@ def test_of_all_that_are_suspect_agents_are_asked_at_once(scene: Scene) -> None:
     scene.server.silent_s = dict.fromkeys(range(64), SILENCE_S * 1.6)
     assert [loss.member for loss in scene.lost()] == list(range(64)), "the whole node, at once"
     assert scene.hands.questions == 2
+
+
+def test_one_that_cannot_begin_where_others_could_does_not_end_the_run(scene: Scene) -> None:
+    scene.hands.members[2].pid = 0
+    scene.hands.dead = {2: (Reason.RAISED, "its process could not begin: no such library")}
+    del scene.server.silent_s[2]
+    (loss,) = scene.lost()
+    assert (loss.member, loss.reason) == (2, Reason.UNBORN)
+    assert not loss.reason.ends_the_run
+
+
+def test_when_none_could_begin_the_next_would_not_either(scene: Scene) -> None:
+    for member in scene.hands.members.values():
+        member.pid = 0
+    scene.hands.dead = {2: (Reason.RAISED, "its process could not begin: no such library")}
+    assert [loss.reason.ends_the_run for loss in scene.lost()] == [True]

@@ -302,3 +302,26 @@ def test_restarted_while_members_gather_it_begins_with_those_that_are_there(
     monkeypatch.setattr(time, "monotonic", lambda: later)
     scene.regrouping.look()
     assert set(scene.channel.take(Prepare)) == {0, 1}
+
+
+def test_too_few_to_leave_the_last_checkpoint_are_joined_by_others(tmp_path: Path) -> None:
+    """Some have finished, one dies while it writes: the others' state and one more member make a whole world again."""
+    scene = Scene(tmp_path, min_workers=3)
+    scene.trains()
+    assert scene.regrouping.wants_members
+    for rank in (0, 2):
+        scene.book.record(Finished(rank, 20, "done", generation=0))
+    assert not scene.regrouping.wants_members
+    scene.lose(1)
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    assert scene.regrouping.wants_members
+    for member in (0, 2):
+        scene.halted(member, 1, 0, 20)
+    scene.arrive(3)
+    number = scene.regrouping.generations.last_number
+    scene.formed(number, 20, 0, 2, 3)
+    assert scene.regrouping.wants_members, "who finished before is at work again"
+    for rank in range(3):
+        scene.book.record(Finished(rank, 20, "done", generation=number))
+    assert scene.book.state is RunState.FINISHED
+    scene.log.close()
