@@ -39,7 +39,6 @@ log = logging.getLogger("concertina.coordinator")
 
 _SETTLE_S = 0.5  # joiners that are ready within so long come in together
 _MOST_TRIES = 10  # regroupings in a row without a new step, at least: a bad network may come back in five minutes
-_MOST_SAID = 4  # of what members said, in one line
 _ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
@@ -81,12 +80,12 @@ class Regrouping:
         self._failures: dict[int, str] = {}  # what members said, since a generation formed
 
     def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
-        least = self.plan.job.elastic.min_workers
+        least = 1 if self.asked_to_stop else self.plan.job.elastic.min_workers  # to leave a checkpoint anybody will do
         trusted = self._doubts.trusted(present, self._guest)
-        if len(trusted) >= least:
-            present = trusted  # with fewer, there is no other way than with those in doubt
-        found = seat(self.plan.job, present, old)
-        if found.layout.world < least and not self.asked_to_stop:  # to leave a checkpoint anybody will do
+        found = seat(self.plan.job, trusted or present, old)
+        if found.layout.world < least and len(trusted) < len(present):
+            found = seat(self.plan.job, present, old)  # there is no other way than with those in doubt
+        if found.layout.world < least:
             text = f"{len(present)} members are there, elastic.min_workers={least}"
             raise CapacityError(text)
         return found
@@ -120,7 +119,7 @@ class Regrouping:
             self.journal.pids.pop(loss.member, None)  # a coordinator that restarts shall not take it back
             self._failures.pop(loss.member, None)
         seating, coming = self.generations.seating, self.generations.coming
-        begun = coming.moving if coming is not None else self.generations.is_settled
+        begun = coming.moving or coming.planned if coming is not None else self.generations.is_settled
         orders = self.generations.lose([loss.member for loss in losses])
         if begun and orders and not self.generations.trains:  # of many lost at a time it is one try
             self._doubts.come_to(self.book.step)
@@ -150,9 +149,9 @@ class Regrouping:
                 if self._change is not None:
                     self._change.records += message.records
                 self._do(self.generations.halt(message))
-                self._bound_the_stop()
             case Formed():
                 self._hear_formed(message)
+        self._bound_the_stop()
 
     def _hear_formed(self, message: Formed) -> None:
         if self._change is not None:
@@ -199,21 +198,11 @@ class Regrouping:
 
     def _bear_with(self, losses: list[Loss]) -> None:
         """End the run when it gets nowhere: every node has had its chances, and no step came of it."""
-        elastic, nodes = self.plan.job.elastic, self.plan.job.cluster.num_nodes
-        most = max(_MOST_TRIES, elastic.max_losses_per_node * nodes)
-        if self._doubts.tries < most:
-            return
-        said = [str(loss) for loss in losses] or [f"member {m}: {why}" for m, why in self._failures.items()]
-        last, rest = "; ".join(said[:_MOST_SAID]), len(said) - _MOST_SAID
-        remedy = (
-            "see in logs/ what members die of, above all their memory"
-            if losses
-            else "see that all nodes reach each other on every port, or leave out the one that does not"
-        )
-        text = f"regrouped {most} times, and no step came after step {self.book.step}; the last time {last}"
-        text += f" and {rest} more" if rest > 0 else ""
-        reason = losses[0].reason if losses else Reason.LATE
-        raise RankFailure(f"{text}: {remedy}, and resume", reason=reason.value)
+        job = self.plan.job
+        most = max(_MOST_TRIES, job.elastic.max_losses_per_node * job.cluster.num_nodes)
+        if self._doubts.tries >= most:
+            reason = losses[0].reason if losses else Reason.LATE
+            raise RankFailure(self._doubts.verdict(losses, self._failures), reason=reason.value)
 
     def _call_off(self, coming: Coming) -> None:
         """Members that train are not to blame for one that nobody can join with."""
@@ -324,7 +313,7 @@ class Regrouping:
     def _bound_the_stop(self) -> None:
         """All leave at the same step boundary: once one has, the others are not far."""
         coming = self.generations.coming
-        if coming is not None and coming.planned and coming.stopping and self._deadline is None:
+        if coming is not None and coming.stopping and self.generations.reports and self._deadline is None:
             self._expect("form")
 
     def _prepare(self, order: Order) -> None:
@@ -342,6 +331,8 @@ class Regrouping:
 
     def _move(self, order: Order) -> None:
         assert order.move is not None
+        if order.move.source is not None:  # somebody has adopted it, so all of it have verified it
+            self._doubts.settle(self.generations.possible[order.move.source].roster)
         change = self._change
         if change is not None:
             change.halted_s, change.step = time.monotonic(), order.move.step
@@ -354,7 +345,14 @@ class Regrouping:
         self._expect("load" if order.move.source is None else "form")
 
     def _restore(self) -> None:
-        """Nobody has the whole state: the newest checkpoint, or the beginning."""
+        """Nobody has the whole state: the newest checkpoint, or the beginning. But first with those that were left out
+        and may have some of it."""
+        reports, possible = self.generations.reports.values(), self.generations.possible
+        held = {report.member for report in reports if {report.generation, report.verified} & possible.keys()}
+        if left_out := self._doubts.apart & held:
+            self._doubts.settle(left_out)
+            self._do(self.generations.begin())
+            return
         found = list_checkpoints(self.plan.checkpoints)
         if not self.generations.possible and self.plan.resume_from is None and not found:
             self._do(self.generations.restore(Restore()))

@@ -14,6 +14,7 @@ from concertina.elastic.messages import Committed, Control, Halt, Halted, Move, 
 from concertina.elastic.states import RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import RankFailure
+from concertina.track.events import EventType
 from tests.actors.test_regrouping import Scene
 
 pytestmark = pytest.mark.unit
@@ -318,6 +319,27 @@ def test_a_loss_with_a_joiner_that_nobody_reaches_is_recovered_from_without_it(c
     assert set(scene.channel.take(Move)) == {0}
     scene.formed(scene.number, 7, 0)
     assert scene.book.state is RunState.TRAINING
+
+
+def test_who_is_left_out_and_has_what_nobody_else_has_is_taken_back(clocked: Callable[..., Clocked]) -> None:
+    """Two joiners had verified, between them, what was theirs; one of the others had adopted it."""
+    scene = clocked(4)
+    scene.two_train()
+    scene.joins(2, 3)
+    scene.prepared(0, 1, 2, 3)
+    for member in (0, 1):
+        scene.halted(member, -1, 0, 7)
+    joined = scene.number
+    scene.regrouping._doubts.apart |= {2, 3}
+    scene.passes("form")
+    scene.channel.orders.clear()
+    for member in (0, 1, 2, 3):
+        had = joined if member == 0 else 0 if member == 1 else -1
+        scene.regrouping.hear(Halted(member, scene.number, had, joined, 7, None, [1.0], [], 0, ""))
+    moves = scene.channel.take(Move)
+    assert set(moves) == {0, 1, 2, 3}
+    assert (moves[0].source, moves[0].present) == (joined, [0, 1, 2, 3])
+    assert scene.events(EventType.ROLLBACK) == []
 
 
 def kill_and_replace(scene: Clocked, newest: int) -> None:

@@ -7,12 +7,17 @@ is alone when it does not work is to blame.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from concertina.elastic.losses import Loss
 
 __all__ = ["Doubts"]
 
 _WITH_ALL = 2  # tries of a first generation with everybody: the network may have stuttered
+_MOST_SAID = 4  # of what members said, in one line
+_TO_THOSE_THAT_DIE = "see in logs/ what members die of, above all their memory"
+_TO_THOSE_THAT_WAIT = "see that all nodes reach each other on every port, or leave out the one that does not"
 
 
 @dataclass
@@ -65,6 +70,15 @@ class Doubts:
     def guest(self, waiting: Collection[int]) -> int | None:
         """Whom of those that wait for a seat, and are left out, to try next by itself."""
         return min(self.apart.intersection(waiting), default=None)
+
+    def verdict(self, losses: Sequence[Loss], failures: Mapping[int, str]) -> str:
+        """Why the run ends after so many tries, in one line. `failures`: what members said of the last ones."""
+        said = [str(loss) for loss in losses] or [f"member {member}: {text}" for member, text in failures.items()]
+        last, rest = "; ".join(said[:_MOST_SAID]) or "nobody said why", len(said) - _MOST_SAID
+        more = f" and {rest} more" if rest > 0 else ""
+        remedy = _TO_THOSE_THAT_DIE if losses else _TO_THOSE_THAT_WAIT
+        text = f"regrouped {self.tries} times, and no step came after step {self._step}; the last time {last}{more}"
+        return f"{text}: {remedy}, and resume"
 
 
 def _part(nodes: Mapping[int, str], number: int) -> set[int]:
