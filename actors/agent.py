@@ -75,7 +75,7 @@ class NodeAgent:
     def __init__(self, session: str = "") -> None:
         self._session = session
         self._reservations: list[str] = []
-        self._heeded: set[int] = set()
+        self._heeded: set[tuple[int, int]] = set()
         self._wards, self._coordinator = Wards(), Wards()
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
@@ -88,20 +88,20 @@ class NodeAgent:
         """The coordinator lives, there and with that pid; these are the pids of its members and its placement groups on
         this node."""
         self._wards.are(list(members.values()))
-        for member in members.keys() - self._heeded:
-            self._heed(member)
+        for member, pid in members.items() - self._heeded:
+            self._heed(member, pid)
         self._reservations = reservations
         self._coordinator.are([coordinator] if host == socket.gethostname() else [])
         self._renewed = time.monotonic()
 
-    def _heed(self, member: int) -> None:
+    def _heed(self, member: int, pid: int) -> None:
         """Tell the coordinator when this member dies, which may be long before Ray and its peers can know."""
-        self._heeded.add(member)
+        self._heeded.add((member, pid))
         if is_supported():
-            threading.Thread(target=self._listen, args=(member,), name=f"bell-{member}", daemon=True).start()
+            threading.Thread(target=self._listen, args=(member, pid), name=f"bell-{member}", daemon=True).start()
 
-    def _listen(self, member: int) -> None:
-        if not DeathBell(bell_name(self._session, member)).listen_on(_BELL_HANGS_WITHIN_S):
+    def _listen(self, member: int, pid: int) -> None:
+        if not DeathBell(bell_name(self._session, member, pid)).listen_on(_BELL_HANGS_WITHIN_S):
             log.info("member %d has no bell: its end is known in other ways", member)
             return  # an agent before this one heard it
         try:
@@ -109,12 +109,14 @@ class NodeAgent:
         except ValueError:
             log.debug("member %d has ended, and there is no coordinator to tell", member)
 
-    def stopped(self, pid: int) -> bool:
-        """Whether a process stands still (SIGSTOP, a debugger): proof, where its silence is only suspicion."""
-        try:
-            return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        except psutil.NoSuchProcess:
-            return False
+    def stopped(self, pids: list[int]) -> list[int]:
+        """Which processes stand still (SIGSTOP, a debugger): proof, where their silence is only suspicion."""
+        found = []
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                    found.append(pid)
+        return found
 
     def end(self, pids: list[int]) -> None:
         """Kill processes of ranks."""
@@ -149,7 +151,7 @@ class NodeAgent:
 
     def _end_frozen_coordinator(self) -> None:
         if self._silent_s > BOUNDS["coordinator_frozen"].seconds:
-            self._coordinator.end([pid for pid in self._coordinator.pids if self.stopped(pid)])
+            self._coordinator.end(self.stopped(self._coordinator.pids))
 
     @property
     def _silent_s(self) -> float:

@@ -16,9 +16,10 @@ def member_name(session: str, member: int) -> str:
     return f"member-{session}-{member}"
 
 
-def bell_name(session: str, member: int) -> str:
-    """Of the bell that rings when its process dies (`infra/death_bell.py`), on its node."""
-    return f"concertina-{session}-{member}"
+def bell_name(session: str, member: int, pid: int) -> str:
+    """Of the bell that rings when its process dies (`infra/death_bell.py`), on its node. One that died before anybody
+    listened leaves its bell behind: nobody shall take it for another's."""
+    return f"concertina-{session}-{member}-{pid}"
 
 
 def agent_name(session: str, node_id: str) -> str:

@@ -123,6 +123,11 @@ class Book:
         return self.state.exit_code if self._exit_code is None else self._exit_code
 
     @property
+    def is_finishing(self) -> bool:
+        """Whether a rank of the generation has left in order, as the others will."""
+        return any(message.generation >= self.generation for message in list(self.finished.values()))
+
+    @property
     def all_finished(self) -> bool:
         of_this = [message for message in self.finished.values() if message.generation == self.generation]
         return len(of_this) == self.world > 0

@@ -89,7 +89,7 @@ class Conductor:
         self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
-        self._turned = self._renewed = time.monotonic()
+        self._renewed = time.monotonic()
         self._short_since: float | None = None
         self._said, self._said_s = "", 0.0
 
@@ -154,17 +154,17 @@ class Conductor:
 
     def _turn(self) -> None:
         """Wait for news, at most a turn, and look at everything."""
+        began = time.monotonic()
         self._wake.wait(self.regrouping.turn_s(TURN_S))
         self._wake.clear()
         broken = self.recorder.broken or self.server.broken
         if broken is not None:
             raise broken
         now = time.monotonic()
-        late_s, self._turned = now - self._turned, now
         if now - self._renewed > LEASE_EVERY_S:
             self._renewed = now
             self.hands.renew_leases()
-        if late_s > BOUNDS["silence"].seconds:
+        if now - began > BOUNDS["silence"].seconds:  # what its own work takes is no reason
             self.wishes.forgive()  # this process stood still itself: let it hear before it judges
             self.evidence.forgive()
             return
@@ -244,7 +244,7 @@ class Conductor:
             self.book.move(RunEvent.STOP_ASKED, reason)  # all were lost while they stopped: nobody is waited for
 
     def _recruit(self) -> None:
-        if not self.regrouping.asked_to_stop and not self.book.finished:
+        if self.regrouping.wants_members:
             self.recruiter.look()
         born = self.hands.born()
         for member in born:
@@ -287,6 +287,8 @@ class Conductor:
         self.book.event(EventType.STATE, self.book.step, state=state, reason=reason)
         if not members:
             self.book.state = RunState.WAITING_FOR_CAPACITY
+            self.hands.adopt({}, {})  # what was on its way ends, and its numbers and names are used
+            self.hands.give_back()
             sweep(self.plan.namespace)
             return
         answers = self.hands.adopt(members, self.journal.nodes)

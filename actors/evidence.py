@@ -38,18 +38,31 @@ class Evidence:
 
     def look(self, complaining: bool) -> list[Loss]:
         """Members that are lost, by what is known now. `complaining`: some have lost the network to their peers."""
-        losses = [self._loss(member, reason, why) for member, (reason, why) in self.hands.gone().items()]
+        gone = self.hands.gone()
+        losses = [self._loss(member, self._judged(member, reason), why) for member, (reason, why) in gone.items()]
         found = {loss.member for loss in losses}
         died = (self.dead & self.hands.members.keys()) - found
         losses += [self._loss(member, Reason.KILLED, _DIED) for member in sorted(died)]
         found |= died
         silences = self.server.silences()
         self._see_progress(silences)
-        for member in list(self.hands.members.values()):
-            if member.pid and member.number not in found:
-                loss = self._listen(member.number, silences.get(member.number), complaining)
-                losses += [] if loss is None else [loss]
+        living = [member.number for member in self.hands.members.values() if member.pid and member.number not in found]
+        stopped = self._stopped(living, silences)
+        for number in living:
+            loss = self._listen(number, silences.get(number), complaining, number in stopped)
+            losses += [] if loss is None else [loss]
         return losses
+
+    def _judged(self, member: int, reason: Reason) -> Reason:
+        """One that cannot begin where others could says something of its node, not of the run."""
+        others = any(other.pid for other in self.hands.members.values())
+        return Reason.UNBORN if reason is Reason.RAISED and others and not self.hands.members[member].pid else reason
+
+    def _stopped(self, living: list[int], silences: dict[int, Silence]) -> set[int]:
+        """Agents are asked on suspicion only, about all suspects at a time: of a whole node that stands still nobody
+        answers, and each question takes its bound."""
+        suspects = [m for m in living if m in silences and _is_suspect(silences[m])]
+        return self.hands.stopped(suspects) if suspects else set()
 
     def _see_progress(self, silences: dict[int, Silence]) -> None:
         """Remember when any member was last seen to come to another step."""
@@ -57,7 +70,7 @@ class Evidence:
         if step != self._step:
             self._step, self._stepped = step, time.monotonic()
 
-    def _listen(self, member: int, silence: Silence | None, complaining: bool) -> Loss | None:
+    def _listen(self, member: int, silence: Silence | None, complaining: bool, is_stopped: bool) -> Loss | None:
         now = time.monotonic()
         if silence is None:
             away_s = now - self._away.setdefault(member, now)
@@ -67,9 +80,9 @@ class Evidence:
             return self._loss(member, Reason.DISCONNECTED, "its connection broke", away_s)
         self._away.pop(member, None)
         where = f"at step {silence.step}, {silence.phase}"
-        if silence.seconds <= BOUNDS["silence"].seconds / 2:
+        if not _is_suspect(silence):
             return None
-        if self.hands.is_stopped(member):
+        if is_stopped:
             return self._loss(member, Reason.FROZEN, f"its process is stopped, {where}", silence.seconds)
         still_s = min(silence.seconds, now - self._stepped)
         bound = BOUNDS["silence" if silence.phase == "step" else "silence_busy"]
@@ -80,3 +93,7 @@ class Evidence:
 
     def _loss(self, member: int, reason: Reason, text: str, ago_s: float = 0.0) -> Loss:
         return Loss(member, self.hands.members[member].node_id, reason, text, time.monotonic() - ago_s)
+
+
+def _is_suspect(silence: Silence) -> bool:
+    return silence.seconds > BOUNDS["silence"].seconds / 2

@@ -10,11 +10,14 @@ import logging
 import os
 import socket
 import time
+from collections import defaultdict
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -148,7 +151,7 @@ class Hands:
         gone, and the node perhaps with it."""
         node_id = self.members[number].node_id
         heir = next((s for s in self.standbys.values() if s.node_id == node_id and s.pid), None)
-        if heir is None or node_id not in self.agents:
+        if heir is None or node_id not in self.agents:  # without its agent the node is gone as well
             return None
         self.members[heir.number] = self.standbys.pop(heir.number)
         for reservation in self.reservations:
@@ -278,14 +281,19 @@ class Hands:
                 found[member.number] = _cause(str(error))
         return found
 
-    def is_stopped(self, number: int) -> bool:
-        """Whether its node's agent sees the member's process stand still; False when nobody can say."""
-        member = self.members[number]
-        try:
-            answer = self.agents[member.node_id].stopped.remote(member.pid)
-            return bool(ray.get(answer, timeout=BOUNDS["ask_agent"].seconds))
-        except (KeyError, RayActorError, GetTimeoutError):
-            return False
+    def stopped(self, numbers: Collection[int]) -> set[int]:
+        """Those of them whose processes stand still, as their nodes' agents see it. All agents are asked together: one
+        that stands still itself, and does not answer, holds up nobody's."""
+        suspects: dict[str, dict[int, int]] = defaultdict(dict)
+        for member in (self.members[number] for number in numbers):
+            if member.node_id in self.agents:
+                suspects[member.node_id][member.pid] = member.number
+        calls = {self.agents[node_id].stopped.remote(list(pids)): pids for node_id, pids in suspects.items()}
+        found = set()
+        for call in _ready(list(calls), BOUNDS["ask_agent"].seconds):
+            with suppress(RayActorError):
+                found |= {calls[call][pid] for pid in ray.get(call)}
+        return found
 
     def renew_leases(self) -> None:
         """Tell every agent that the coordinator lives. Does not wait."""
@@ -375,8 +383,8 @@ def _place_of(group: PlacementGroup) -> str:
     return str(next(iter(placement_group_table(group)["bundles_to_node_id"].values())))
 
 
-def _ready(calls: list[Any]) -> list[Any]:
-    return ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
+def _ready(calls: list[Any], bound_s: float = 0) -> list[Any]:
+    return ray.wait(calls, num_returns=len(calls), timeout=bound_s)[0] if calls else []
 
 
 def _cause(text: str) -> tuple[Reason, str]:

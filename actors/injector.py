@@ -156,7 +156,7 @@ class Injector:
     def _has_burnt(self, injection: Injection, victim: Victim | None, end: Any) -> bool:
         if injection.deed is Deed.FREEZE and victim is not None:
             time.sleep(_FUSE_POLL_S)
-            return self._ask(self._agent(victim.node).stopped.remote(victim.pid)) is True
+            return self._ask(self._agent(victim.node).stopped.remote([victim.pid])) == [victim.pid]
         return bool(ray.wait([end], timeout=_FUSE_POLL_S)[0])
 
     # -- at once ------------------------------------------------------------------------------------------------------

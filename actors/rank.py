@@ -46,7 +46,7 @@ class Rank:
         self._trainer = Trainer(seat, self._link, ray.util.get_node_ip_address())
         self._client.start(self._trainer.hear)
         self._trainer.start()
-        self._bell = DeathBell(bell_name(plan.session, seat.member))
+        self._bell = DeathBell(bell_name(plan.session, seat.member, os.getpid()))
         threading.Thread(target=self._guard, name="guard", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:

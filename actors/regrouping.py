@@ -19,14 +19,15 @@ from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.journal import Journal
-from concertina.elastic.channel.server import ChannelServer
+from concertina.elastic.channel.server import ChannelServer, Silence
 from concertina.elastic.choice import seat
-from concertina.elastic.generations import Generations, Order, OrderKind, Restore
+from concertina.elastic.doubts import Doubts
+from concertina.elastic.generations import Coming, Generations, Order, OrderKind, Restore
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Control, Formed, Halt, Halted, Keep, Message, Pause, Prepare, Prepared, encode
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
-from concertina.errors import CapacityError
+from concertina.errors import CapacityError, RankFailure
 from concertina.layout import Seating
 from concertina.parallel.groups import make_store
 from concertina.state.manifest import list_checkpoints, partial_folder, read_manifest
@@ -38,6 +39,8 @@ __all__ = ["Regrouping"]
 log = logging.getLogger("concertina.coordinator")
 
 _SETTLE_S = 0.5  # joiners that are ready within so long come in together
+_MOST_TRIES = 10  # regroupings in a row without a new step, at least: a bad network may come back in five minutes
+_ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
 @dataclass
@@ -73,10 +76,18 @@ class Regrouping:
         self._complaint_since: float | None = None
         self._too_few: tuple[frozenset[int], bool] | None = None
         self._kept: Path | None = None  # the newest checkpoint that too few were told to write, as it grows
+        self._doubts = Doubts()
+        self._guest: int | None = None  # who is tried in the next planned change although it is in doubt
+        self._blamed: dict[int, str] = {}
+        self._failures: dict[int, str] = {}  # what members said, since a generation formed
 
     def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
-        found, least = seat(self.plan.job, present, old), self.plan.job.elastic.min_workers
-        if found.layout.world < least and not self.asked_to_stop:  # to leave a checkpoint anybody will do
+        least = 1 if self.asked_to_stop else self.plan.job.elastic.min_workers  # to leave a checkpoint anybody will do
+        trusted = self._doubts.trusted(present, self._guest)
+        found = seat(self.plan.job, trusted or present, old)
+        if found.layout.world < least and len(trusted) < len(present):
+            found = seat(self.plan.job, present, old)  # there is no other way than with those in doubt
+        if found.layout.world < least:
             text = f"{len(present)} members are there, elastic.min_workers={least}"
             raise CapacityError(text)
         return found
@@ -108,12 +119,20 @@ class Regrouping:
         for loss in losses:
             self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
             self.journal.pids.pop(loss.member, None)  # a coordinator that restarts shall not take it back
-        seating = self.generations.seating
+            self._failures.pop(loss.member, None)
+        seating, coming = self.generations.seating, self.generations.coming
+        begun = coming.moving or coming.planned if coming is not None else self.generations.is_settled
         orders = self.generations.lose([loss.member for loss in losses])
+        if begun and orders and not self.generations.trains:  # of many lost at a time it is one try
+            self._doubts.come_to(self.book.step)
+            self._doubts.tries += 1
+            self._bear_with(losses)
         if (orders and not self.generations.trains) or self.generations.shortage:
             self._change = self._change or Change("loss", [], seating)
             self._change.losses += losses
             self.book.move(RunEvent.LOSS, "; ".join(map(str, losses)))
+        elif self.generations.is_settled:
+            self._deadline = self._change = None  # what was planned is called off
         self._do(orders)
 
     def _tell_member(self, news: MemberNews) -> None:
@@ -122,13 +141,19 @@ class Regrouping:
     def hear(self, message: Message) -> None:
         match message:
             case Prepared():
+                if message.failure:
+                    log.info("member %d cannot prepare: %s", message.member, message.failure)
+                    self._failures[message.member] = message.failure
                 self._do(self.generations.prepare(message.member, message.generation, message.failure))
             case Halted():
+                if message.failure:
+                    self._failures[message.member] = message.failure
                 if self._change is not None:
                     self._change.records += message.records
                 self._do(self.generations.halt(message))
             case Formed():
                 self._hear_formed(message)
+        self._bound_the_stop()
 
     def _hear_formed(self, message: Formed) -> None:
         if self._change is not None:
@@ -150,15 +175,46 @@ class Regrouping:
             if self._enough(now):
                 self._begin_anew()
             return
-        if self._stuck(now):
-            self._complaint_since = None
-            self._change = self._change or Change("network", [], generations.seating)
-            if not generations.trains:
-                self.book.move(RunEvent.LOSS, "the network between members broke")
-            self._do(generations.begin(planned=True))
+        if self._stuck(now) or self._overdue(now):
+            self._try_again()
         elif generations.is_settled and not self.asked_to_stop and self._grows(now):
             self._change = Change("join", [], generations.seating)
             self._do(generations.begin(planned=True))
+        self._guest = None
+
+    def _try_again(self) -> None:
+        """What is under way does not come about, and nobody is lost. Who only prepares is let be; else a fence comes
+        first: who does not answer it is to blame."""
+        generations, coming = self.generations, self.generations.coming
+        self._complaint_since = None
+        if coming is not None and generations.trains:
+            self._call_off(coming)
+            return
+        self._change = self._change or Change("network", [], generations.seating)
+        roster, prepared = (coming.seating.roster, coming.prepared) if coming is not None else ((), set())
+        self._doubts.come_to(self.book.step)
+        self._doubts.fail(generations.present, roster, prepared)
+        self._bear_with([])
+        self.book.move(RunEvent.LOSS, "the network between members broke")
+        self._do(generations.begin())
+
+    def _bear_with(self, losses: list[Loss]) -> None:
+        """End the run when it gets nowhere: every node has had its chances, and no step came of it."""
+        job = self.plan.job
+        most = max(_MOST_TRIES, job.elastic.max_losses_per_node * job.cluster.num_nodes)
+        if self._doubts.tries >= most:
+            reason = losses[0].reason if losses else Reason.LATE
+            raise RankFailure(self._doubts.verdict(losses, self._failures), reason=reason.value)
+
+    def _call_off(self, coming: Coming) -> None:
+        """Members that train are not to blame for one that nobody can join with."""
+        to_blame = self._doubts.refuse(coming.seating.roster, coming.prepared)
+        log.warning("generation %d is called off: %s", coming.number, self._failures or "not prepared in time")
+        if to_blame is not None:
+            said = self._failures.get(to_blame, f"not done within {BOUNDS['prepare'].seconds:g} s: prepare")
+            self._blamed[to_blame] = said
+        self._deadline = self._change = self._unseated_since = None
+        self.generations.call_off()
 
     def _begin_anew(self) -> None:
         """After a shortage, or for the first time. Who was too few once is so until somebody else comes."""
@@ -173,6 +229,11 @@ class Regrouping:
         self._do(orders)
         if generations.shortage is not None and self.asked_to_stop:
             self.book.move(RunEvent.STOP_ASKED, f"{self.book.stop_reason}; no checkpoint of the last steps")
+
+    @property
+    def wants_members(self) -> bool:
+        """Whether more are of use: at its end the run needs none, unless too few are left for the last checkpoint."""
+        return not self.asked_to_stop and (self.generations.shortage is not None or not self.book.is_finishing)
 
     @property
     def holds_state(self) -> bool:
@@ -198,19 +259,26 @@ class Regrouping:
         self._complaint_since = self._complaint_since or now
         return now - self._complaint_since > BOUNDS["complaint"].seconds
 
+    def _overdue(self, now: float) -> bool:
+        """A generation takes too long. (Of a HALT, `late` says who is to blame.)"""
+        return self._deadline is not None and now > self._deadline[0] and self._deadline[1] != "halt"
+
     def _grows(self, now: float) -> bool:
         """Whether members that wait for a seat would make the world larger, and all that come now are there."""
         seating = self.generations.seating
         assert seating is not None
         waiting = [m for m in self.generations.present if seating.rank_of(m) is None]
-        if not waiting or self.book.finished or self.book.state is not RunState.TRAINING:
+        if not waiting or self.book.is_finishing or self.book.state is not RunState.TRAINING:
             self._unseated_since = None
             return False
         since = self._unseated_since = self._unseated_since or now
         patience = BOUNDS["gather"].seconds if self.expected else _SETTLE_S
         if now - since < patience or seating.layout.world >= self.plan.job.cluster.num_workers:
             return False
-        return self._seat(self.generations.present, seating).layout.world > seating.layout.world
+        if self._seat(self.generations.present, seating).layout.world > seating.layout.world:
+            return True
+        self._guest = self._doubts.guest(waiting)  # as a spare, where it makes no larger world by itself
+        return self._guest is not None
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +293,7 @@ class Regrouping:
                     self._prepare(order)
                 case OrderKind.STOP:
                     self._tell(order, Control(regroup=True))
-                    self._expect("form")
+                    self._deadline = None  # a step may take as long as it takes
                 case OrderKind.MOVE:
                     self._move(order)
                 case OrderKind.KEEP:
@@ -246,6 +314,12 @@ class Regrouping:
     def _expect(self, bound: str) -> None:
         self._deadline = (time.monotonic() + BOUNDS[bound].seconds, bound)
 
+    def _bound_the_stop(self) -> None:
+        """All leave at the same step boundary: once one has, the others are not far."""
+        coming = self.generations.coming
+        if coming is not None and coming.stopping and self.generations.reports and self._deadline is None:
+            self._expect("form")
+
     def _prepare(self, order: Order) -> None:
         coming = self.generations.coming
         assert coming is not None
@@ -261,6 +335,8 @@ class Regrouping:
 
     def _move(self, order: Order) -> None:
         assert order.move is not None
+        if order.move.source is not None:  # somebody has adopted it, so all of it have verified it
+            self._doubts.settle(self.generations.possible[order.move.source].roster)
         change = self._change
         if change is not None:
             change.halted_s, change.step = time.monotonic(), order.move.step
@@ -270,7 +346,7 @@ class Regrouping:
         saved = max(self.book.newest_checkpoint(), self.plan.resume_step)
         evaluated = max(order.move.evaluated, self.plan.resume_step if order.move.source is None else 0)
         self._tell(order, replace(order.move, saved=saved, evaluated=evaluated))
-        self._expect("form")
+        self._expect("load" if order.move.source is None else "form")
 
     def _keep(self, order: Order) -> None:
         """Too few are left, and have everything between them: a checkpoint, so that losing them too costs nothing."""
@@ -286,7 +362,14 @@ class Regrouping:
         self._tell(order, Keep(order.number, move.source, move.present, move.step, move.totals))
 
     def _restore(self) -> None:
-        """Nobody has the whole state: the newest checkpoint, or the beginning."""
+        """Nobody has the whole state: the newest checkpoint, or the beginning. But first with those that were left out
+        and may have some of it."""
+        reports, possible = self.generations.reports.values(), self.generations.possible
+        held = {report.member for report in reports if {report.generation, report.verified} & possible.keys()}
+        if left_out := self._doubts.apart & held:
+            self._doubts.settle(left_out)
+            self._do(self.generations.begin())
+            return
         self.book.catch_up()
         if self._kept is not None:  # who still writes that one must not complete it: its steps may be done again
             shutil.rmtree(self._kept, ignore_errors=True)
@@ -312,6 +395,8 @@ class Regrouping:
         seating, change = self.generations.seating, self._change
         assert seating is not None
         self._deadline = self._change = self._complaint_since = None
+        self._doubts.settle(seating.roster)
+        self._failures.clear()
         self.book.catch_up()
         if step < self.book.recorded:
             self.book.go_back(step)  # they have rolled back, and their first rank did not live to say so
@@ -363,25 +448,16 @@ class Regrouping:
     # -- bounds -------------------------------------------------------------------------------------------------------
 
     def late(self, members: Collection[int]) -> list[Loss]:
-        """Members that have not done what was ordered within its bound."""
-        coming = self.generations.coming
-        if self._deadline is None or coming is None or time.monotonic() < self._deadline[0]:
-            return []
-        bound = self._deadline[1]
-        if coming.planned and coming.stopping and not coming.moving:
-            done = set(self.generations.reports)
-        elif coming.moving:
-            done = coming.formed
-        elif bound == "prepare":
-            done = coming.prepared
-        else:
-            done = set(self.generations.reports)
-        wanted = set(coming.seating.roster) if coming.moving or bound == "prepare" else self.generations.holders
-        late = sorted((wanted - done) & set(members))
-        self._expect(bound)
-        nodes = self.generations.present
-        text = f"not done within {BOUNDS[bound].seconds:g} s: {bound}"
-        return [Loss(member, nodes.get(member, ""), Reason.LATE, text) for member in late]
+        """Members that have not done within its bound what each does by itself: answer a HALT, or, alone, join."""
+        nodes, late = self.generations.present, {m: why for m, why in self._blamed.items() if m in members}
+        self._blamed.clear()
+        if self._deadline is not None and self._deadline[1] == "halt" and time.monotonic() > self._deadline[0]:
+            silences = self.server.silences()
+            for member in (self.generations.holders - self.generations.reports.keys()).intersection(members):
+                if not _is_on_storage(silences.get(member)):
+                    late[member] = f"not done within {BOUNDS['halt'].seconds:g} s: halt"
+            self._expect("halt")
+        return [Loss(member, nodes.get(member, ""), Reason.LATE, late[member]) for member in sorted(late)]
 
     # -- a coordinator that restarts ----------------------------------------------------------------------------------
 
@@ -397,4 +473,16 @@ class Regrouping:
             self.book.end_if_finished()
         elif seating is not None:
             self._change = Change("coordinator", [], seating)
+            self.book.move(RunEvent.LOSS, "the coordinator restarted")
+            if generations.shortage is None:
+                self.book.move(RunEvent.CAPACITY)  # if the one before waited for that
+        self._doubts.settle(min(self.journal.seatings.items())[1].roster if self.journal.seatings else ())
+        self._unseated_since = time.monotonic() if present else None
         self._do(orders)
+
+
+def _is_on_storage(silence: Silence | None) -> bool:
+    """Whether a member that is heard waits for nobody but a disk, which may take a while."""
+    if silence is None or silence.suspicious:
+        return False
+    return silence.phase in _ON_STORAGE and silence.progress_age_s < BOUNDS["storage"].seconds

@@ -254,6 +254,7 @@ class Trainer:
             self.engine.adopt(coming.share, publish=False)
             self._current, self._adopted = coming, move.generation
             if move.checkpoint is not None:
+                self.link.progress(move.step, "loading")
                 self.engine.load(Path(move.checkpoint))
             else:
                 self.engine.start_anew()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +28,17 @@ class FakeHands:
         default_factory=lambda: {m: Member(m, f"node-{m}", None, pid=100 + m) for m in range(3)}
     )
     dead: dict[int, tuple[Reason, str]] = field(default_factory=dict)
-    stopped: set[int] = field(default_factory=set)
+    standing: set[int] = field(default_factory=set)
     asked: list[int] = field(default_factory=list)
+    questions: int = 0
 
     def gone(self) -> dict[int, tuple[Reason, str]]:
         return self.dead
 
-    def is_stopped(self, number: int) -> bool:
-        self.asked.append(number)
-        return number in self.stopped
+    def stopped(self, numbers: Collection[int]) -> set[int]:
+        self.asked += numbers
+        self.questions += 1
+        return self.standing.intersection(numbers)
 
 
 @dataclass
@@ -113,7 +116,7 @@ def test_silence_in_a_world_that_goes_on_is_only_slowness(scene: Scene) -> None:
 
 
 def test_a_process_that_stands_still_is_lost_once_it_is_suspected(scene: Scene) -> None:
-    scene.hands.stopped = {1}
+    scene.hands.standing = {1}
     assert scene.lost() == []
     assert scene.silent(1, SILENCE_S * 0.6) == [
         Loss(1, "node-1", Reason.FROZEN, "its process is stopped, at step 5, step")
@@ -166,3 +169,31 @@ def test_who_is_not_born_may_be_silent(scene: Scene) -> None:
     scene.now += BUSY_S + 1
     scene.server.silent_s = {0: 0.0, 2: 0.0}
     assert scene.lost() == []
+
+
+def test_of_all_that_are_suspect_agents_are_asked_at_once(scene: Scene) -> None:
+    """Of a node that stands still nobody answers, and to ask for each member by itself would take seconds."""
+    scene.hands.members = {m: Member(m, "node", None, pid=100 + m) for m in range(64)}
+    scene.server.silent_s = dict.fromkeys(range(64), SILENCE_S * 0.6)
+    assert scene.lost() == []
+    assert scene.hands.questions == 1
+    scene.now += SILENCE_S + 0.1
+    scene.server.silent_s = dict.fromkeys(range(64), SILENCE_S * 1.6)
+    assert [loss.member for loss in scene.lost()] == list(range(64)), "the whole node, at once"
+    assert scene.hands.questions == 2
+
+
+def test_one_that_cannot_begin_where_others_could_does_not_end_the_run(scene: Scene) -> None:
+    scene.hands.members[2].pid = 0
+    scene.hands.dead = {2: (Reason.RAISED, "its process could not begin: no such library")}
+    del scene.server.silent_s[2]
+    (loss,) = scene.lost()
+    assert (loss.member, loss.reason) == (2, Reason.UNBORN)
+    assert not loss.reason.ends_the_run
+
+
+def test_when_none_could_begin_the_next_would_not_either(scene: Scene) -> None:
+    for member in scene.hands.members.values():
+        member.pid = 0
+    scene.hands.dead = {2: (Reason.RAISED, "its process could not begin: no such library")}
+    assert [loss.reason.ends_the_run for loss in scene.lost()] == [True]

@@ -1,13 +1,14 @@
-"""Who holds which room, and does nobody take a seat without being held?"""
+"""Does the coordinator know what it has in its hands? Without Ray: what its books say, and how it asks agents."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.assignment import RunPlan
-from actors.hands import Hands, Member
+from actors.hands import Hands, Member, Reservation
 from concertina.config import Job
 from concertina.layout import Layout
 
@@ -15,23 +16,31 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def hands(tmp_path: Path) -> Hands:
-    """Member 1 on a node, and a standby beside it."""
-    job = Job.model_validate({"name": "a", "cluster": {"num_workers": 2}})
-    plan = RunPlan("a-1", tmp_path, tmp_path, job, Layout(2), "cpu", "session", "token")
+def hands() -> Hands:
+    """Member 1 on node a, with a standby beside it and an agent."""
+    job = Job.model_validate({"name": "a"})
+    plan = RunPlan("a-1", Path(), Path(), job, Layout(1), "cpu", "session", "token")
     made = Hands(plan, ("127.0.0.1", 1), 8)
-    made.members, made.standbys = {1: Member(1, "node", None, 11)}, {7: Member(7, "node", None, 77)}
+    made.members = {1: Member(1, "a", None, 11)}
+    made.standbys = {7: Member(7, "a", None, 77)}
+    agent: Any = object()
+    made.agents = {"a": agent}
+    made.reservations = [Reservation("room", "a", agent, 1, None, {1}, is_ready=True)]
     return made
 
 
-def test_a_standby_takes_the_room_of_who_is_lost_beside_it(hands: Hands) -> None:
-    hands.agents["node"] = None
+def test_a_standby_takes_the_room_of_the_member_beside_it(hands: Hands) -> None:
     heir = hands.promote(1)
-    assert heir is hands.members[7]
+    assert heir is not None
+    assert heir.number == 7
+    assert hands.members[7] is heir
     assert hands.standbys == {}
+    assert hands.reservations[0].held == {7}
 
 
-def test_nobody_is_promoted_on_a_node_that_is_gone_as_well(hands: Hands) -> None:
-    """Who is not held would be seated, and never be missed."""
+def test_nobody_is_promoted_on_a_node_whose_agent_is_gone(hands: Hands) -> None:
+    """It would have a seat and be no member: nobody would miss it."""
+    hands.agents.clear()
     assert hands.promote(1) is None
-    assert (set(hands.members), set(hands.standbys)) == ({1}, {7})
+    assert hands.standbys.keys() == {7}
+    assert hands.reservations[0].held == {1}

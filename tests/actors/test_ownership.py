@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from concertina.state.manifest import list_checkpoints, verify
 from concertina.track.events import EventType
@@ -102,6 +103,32 @@ def test_killed_before_the_members_had_formed_the_next_one_takes_them_over(
     assert drive.states()[-2:] == ["training", "finished"]
     nothing_left(drive)
     assert in_mlflow(drive) == "FINISHED"
+
+
+def test_killed_before_it_wrote_any_member_down_no_number_is_given_again(
+    start: Start, nothing_left: NothingLeft
+) -> None:
+    """What is left of a process, its bell, would be taken for that of the next one of its number."""
+    drive = start("--set", "training.steps=20")
+    drive.wait(lambda: re.search(r"^run ", drive.err, re.MULTILINE))
+    drive.wait(lambda: drive.run.journal_file.exists() and numbers_of(drive))
+    before = read_journal(drive)
+    os.kill(before["coordinator_pid"], signal.SIGKILL)
+    given = numbers_of(drive)
+    assert before["pids"] == {}
+    assert drive.ends() == 0, drive.err
+    ready = {event.data["member"] for event in drive.events(EventType.MEMBER)}
+    assert ready
+    assert ready.isdisjoint(given)
+    assert drive.lost() == {}
+    nothing_left(drive)
+
+
+def numbers_of(drive: Drive) -> set[int]:
+    """Of the members whose actors there are, born or not."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    ours = [found["name"] for found in named if found["namespace"] == f"concertina-{drive.run.run_id}"]
+    return {int(name.rsplit("-", 1)[1]) for name in ours if name.startswith("member-")}
 
 
 def test_coordinator_and_a_member_killed_together(start: Start, reference: Drive, nothing_left: NothingLeft) -> None:

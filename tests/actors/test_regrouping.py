@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,11 @@ from actors.book import Book
 from actors.journal import Journal
 from actors.regrouping import Regrouping
 from concertina.config import Job
+from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Keep, Message, Move, Prepare, decode
 from concertina.elastic.states import RunState
+from concertina.elastic.waits import BOUNDS
 from concertina.layout import Layout
 from concertina.state.manifest import partial_folder
 from concertina.track.events import EventLog, EventType, read_events
@@ -33,6 +36,10 @@ class Outgoing:
     def __init__(self) -> None:
         self.recorded, self.address = 0, ("127.0.0.1", 0)
         self.orders: list[tuple[int, Message]] = []
+        self.heard: dict[int, Silence] = {}
+
+    def silences(self) -> dict[int, Silence]:
+        return self.heard
 
     def send(self, member: int, document: dict[str, Any]) -> None:
         self.orders.append((member, decode(document)))
@@ -47,10 +54,10 @@ class Outgoing:
 class Scene:
     """One session's regrouping, its book and its journal; `restart` is another coordinator at the same files."""
 
-    def __init__(self, folder: Path, **elastic: int) -> None:
-        cluster = {"num_workers": 3}
+    def __init__(self, folder: Path, workers: int = 3, **elastic: int) -> None:
+        cluster = {"num_workers": workers}
         job = Job.model_validate({"name": "a", "cluster": cluster, "elastic": elastic})
-        self.plan = RunPlan("a-1", folder, folder, job, Layout(3), "cpu", "session", "token")
+        self.plan = RunPlan("a-1", folder, folder, job, Layout(workers), "cpu", "session", "token")
         self.plan.checkpoints.mkdir()
         self.log = EventLog(folder / "events.jsonl", "a-1")
         self.log.append(EventType.START, {"session": "session", "resumed_from_step": None})
@@ -281,4 +288,90 @@ def test_what_is_in_a_checkpoint_is_not_written_again_and_a_past_that_is_given_u
     scene.arrive(4, 5, 6)
     assert not growing.exists()
     assert scene.channel.take(Move)[4].source is None
+    scene.log.close()
+
+
+def written_down(scene: Scene, *members: int) -> None:
+    """What the conductor has in the journal of its members, before it ends."""
+    for member in members:
+        scene.journal.pids[member], scene.journal.nodes[member] = 1, f"node-{member}"
+    scene.journal.write()
+
+
+def test_restarted_with_too_few_it_waits_for_capacity_and_goes_on(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, min_workers=2)
+    scene.trains()
+    written_down(scene, 0, 1, 2)
+    scene.restart()
+    scene.regrouping.reattach({0: "node-0"}, {0: 0})
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY, "or capacity_timeout_s never counts"
+    scene.halted(0, scene.regrouping.generations.last_number, 0, 7)
+    scene.arrive(3, 4)
+    assert scene.book.state is RunState.FORMING
+    scene.formed(scene.regrouping.generations.last_number, 7, 0, 3, 4)
+    assert scene.book.state is RunState.TRAINING
+    scene.log.close()
+
+
+def test_restarted_when_it_waited_for_capacity_and_there_is_enough(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, min_workers=3)
+    scene.trains()
+    scene.lose(2)
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    written_down(scene, 0, 1, 3)
+    scene.restart()
+    scene.regrouping.reattach(dict.fromkeys((0, 1, 3), "node"), {0: -1, 1: -1, 3: -1})
+    number = scene.regrouping.generations.last_number
+    for member in (0, 1):
+        scene.halted(member, number, 0, 7)
+    scene.formed(number, 7, 0, 1, 3)
+    assert scene.book.state is RunState.TRAINING
+    scene.log.close()
+
+
+def test_restarted_with_nobody_left_it_waits_for_capacity(scene: Scene) -> None:
+    """And a stop ends it there, rather than wait for a checkpoint that nobody writes."""
+    scene.trains()
+    written_down(scene, 0, 1, 2)
+    scene.restart()
+    scene.regrouping.reattach({}, {})
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    assert not scene.regrouping.holds_state
+
+
+def test_restarted_while_members_gather_it_begins_with_those_that_are_there(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.arrive(0, 1)
+    written_down(scene, 0, 1)
+    scene.restart()
+    scene.regrouping.reattach({0: "node-0", 1: "node-1"}, {0: -1, 1: -1})
+    scene.regrouping.look()
+    assert scene.channel.orders == []
+    later = time.monotonic() + BOUNDS["gather"].seconds + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    scene.regrouping.look()
+    assert set(scene.channel.take(Prepare)) == {0, 1}
+
+
+def test_too_few_to_leave_the_last_checkpoint_are_joined_by_others(tmp_path: Path) -> None:
+    """Some have finished, one dies while it writes: the others' state and one more member make a whole world again."""
+    scene = Scene(tmp_path, min_workers=3)
+    scene.trains()
+    assert scene.regrouping.wants_members
+    for rank in (0, 2):
+        scene.book.record(Finished(rank, 20, "done", generation=0))
+    assert not scene.regrouping.wants_members
+    scene.lose(1)
+    assert scene.book.state is RunState.WAITING_FOR_CAPACITY
+    assert scene.regrouping.wants_members
+    for member in (0, 2):
+        scene.halted(member, 1, 0, 20)
+    scene.arrive(3)
+    number = scene.regrouping.generations.last_number
+    scene.formed(number, 20, 0, 2, 3)
+    assert scene.regrouping.wants_members, "who finished before is at work again"
+    for rank in range(3):
+        scene.book.record(Finished(rank, 20, "done", generation=number))
+    assert scene.book.state is RunState.FINISHED
     scene.log.close()

@@ -47,8 +47,14 @@ class Channel:
 class Run:
     """`kind` is the class under test. `fails`: how often a network may still fail although nobody is lost."""
 
-    def __init__(self, kind: type[Generations] = Generations, members: int = 4, least: int = LEAST) -> None:
-        self.kind, self.least, self.seat = kind, least, partial(seats, least=least)
+    def __init__(
+        self,
+        kind: type[Generations] = Generations,
+        members: int = 4,
+        least: int = LEAST,
+        seat: Callable[[dict[int, str], Seating | None], Seating] | None = None,
+    ) -> None:
+        self.kind, self.least, self.seat = kind, least, seat or partial(seats, least=least)
         self.generations = kind(self.seat)
         self.members: dict[int, Member] = {}
         self.channels: dict[int, Channel] = {}

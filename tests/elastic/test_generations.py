@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from concertina.elastic import generations as module
 from concertina.elastic.generations import Generations, Order, OrderKind, Restore
 from concertina.elastic.messages import Halted
+from concertina.layout import Seating
 from tests.elastic.simulated_run import LEAST, Run, seats
 
 pytestmark = pytest.mark.unit
@@ -163,10 +164,8 @@ def test_who_only_prepares_or_waits_stops_nobody_when_it_is_lost() -> None:
     (spare,) = generations.seating.spares
     generations.arrive(3, "node 3")
     generations.begin(planned=True)
-    orders = generations.lose([3])
-    assert (kinds(orders), orders[0].number) == ([PREPARE], 2)
-    assert generations.coming is not None
-    assert generations.coming.planned
+    assert generations.lose([3]) == []
+    assert generations.is_settled, "what was planned is called off"
     form_nothing = generations.form(0, 1)
     assert not form_nothing
     settled = trained(3)
@@ -184,6 +183,43 @@ def test_a_planned_change_goes_on_when_the_world_has_stopped_before_it_is_asked(
     assert generations.is_stuck
     orders = [order for member in range(4) for order in generations.prepare(member, 1)]
     assert kinds(orders) == [STOP, MOVE]
+
+
+def test_one_that_complains_while_the_world_is_to_stop_is_heard() -> None:
+    """The others may wait for what never comes."""
+    generations = trained(2)
+    generations.arrive(2, "node 2")
+    generations.arrive(3, "node 3")
+    generations.begin(planned=True)
+    for member in range(4):
+        generations.prepare(member, 1)
+    generations.halt(said(0, 0, 7, answers=-1))
+    assert not generations.is_stuck, "it stopped because it was asked to"
+    generations.halt(said(0, 0, 7, answers=-1, failure="network"))
+    assert generations.is_stuck
+
+
+def test_who_is_left_out_is_no_source_and_stops_nobody() -> None:
+    """It may have halted late, and have verified what it was to be given."""
+    generations = trained(4)
+    left_out: set[int] = set()
+    generations._seat = lambda present, old: seats({m: n for m, n in present.items() if m not in left_out}, old)
+    generations.lose([3])
+    generations.arrive(9, "node 9")
+    generations.begin()
+    for member in (0, 1, 2):
+        generations.halt(said(member, 0, 7, answers=2))
+    left_out.add(9)
+    assert set(generations.begin()[0].members) == {0, 1, 2, 9}, "it is told to halt like the others"
+    generations.halt(said(9, -1, 0, answers=3, verified=2))
+    for member in (0, 1, 2):
+        orders = generations.halt(said(member, 0, 7, answers=3, verified=2))
+    assert orders[-1].move is not None
+    assert 9 not in orders[-1].members
+    assert orders[-1].move.present == [0, 1, 2]
+    form(generations, 3)
+    assert generations.halt(said(9, -1, 0, answers=3, failure="not prepared", failed=2)) == []
+    assert generations.trains
 
 
 @pytest.mark.parametrize("how", ["prepare", "move"])
@@ -335,6 +371,52 @@ class Faults(RuleBasedStateMachine):
 
 
 class TestFaults(Faults.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=60, stateful_step_count=30)
+
+
+class Choosy(Run):
+    """Leaves out members that are new and not prepared, as `actors/regrouping.py` does."""
+
+    def __init__(self, kind: type[Generations] = Generations) -> None:
+        self.apart: set[int] = set()
+        super().__init__(kind, members=4, seat=self._choose)
+
+    def _choose(self, present: dict[int, str], old: Seating | None) -> Seating:
+        some = {member: node for member, node in present.items() if member not in self.apart}
+        return seats(some if len(some) >= LEAST else present, old)
+
+    def leave_out(self) -> None:
+        generations, coming = self.generations, self.generations.coming
+        if coming is not None and not (coming.planned and not coming.stopping):
+            proven = {m for n, seating in generations.possible.items() if n != coming.number for m in seating.roster}
+            self.apart |= set(coming.seating.roster) - proven - coming.prepared
+            self._do(generations.begin())
+
+    def _restore(self) -> None:
+        reports, possible = self.generations.reports.values(), self.generations.possible
+        held = {report.member for report in reports if {report.generation, report.verified} & possible.keys()}
+        if self.apart & held:
+            self.apart -= held
+            self._do(self.generations.begin())
+        else:
+            super()._restore()
+
+
+class SomeLeftOut(Faults):
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: Choosy = Choosy()
+
+    @rule()
+    def leave_out(self) -> None:
+        self.run.leave_out()
+
+    @rule()
+    def take_back(self) -> None:
+        self.run.apart.clear()
+
+
+class TestSomeLeftOut(SomeLeftOut.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(max_examples=60, stateful_step_count=30)
 
 

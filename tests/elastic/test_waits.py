@@ -28,7 +28,7 @@ def test_a_run_without_a_driver_is_gone_within_a_minute() -> None:
 def test_every_bound_says_who_waits_and_what_then() -> None:
     assert all(name == bound.name for name, bound in BOUNDS.items())
     assert all(bound.seconds > 0 and bound.owner and bound.then for bound in BOUNDS.values())
-    assert str(BOUNDS["prepare"]) == "coordinator waited 30 s (prepare): members that are not prepared are given up"
+    assert str(BOUNDS["halt"]) == "coordinator waited 20 s (halt): members that have not halted are given up"
 
 
 def test_a_loss_is_found_before_anybody_gives_up_waiting_for_it() -> None:

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from actors.assignment import bell_name
 from infra.death_bell import DeathBell, is_supported
 from tests.actors.drive import environment
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(not is_supported(), reason="no robust mutexes here")]
 
 HOLDER = """
-import sys, threading, time
+import os, sys, threading, time
 from infra.death_bell import DeathBell
 def hold():
-    bell = DeathBell(sys.argv[1])
+    bell = DeathBell(sys.argv[1].format(pid=os.getpid()))
     bell.hang()
     print("hung", flush=True)
     time.sleep(600)
@@ -111,3 +112,18 @@ def test_it_rings_before_the_memory_is_gone(name: str) -> None:
     process.wait(20)
     print(f"rang after {rang_s * 1e3:.1f} ms, gone after {(time.monotonic() - began) * 1e3:.1f} ms")
     assert rang_s < time.monotonic() - began
+
+
+def test_one_that_died_unheard_is_not_taken_for_the_next_of_its_number(name: str) -> None:
+    """As when a coordinator is started again that had not written its members down."""
+    session = name.removeprefix("concertina-")
+    pattern = bell_name(session, 0, 4711).replace("4711", "{pid}")
+    first, second = holder(pattern), holder(pattern)
+    first.kill()
+    first.wait(20)
+    try:
+        assert not DeathBell(bell_name(session, 0, second.pid)).listen(0.3)
+    finally:
+        second.kill()
+        second.wait(20)
+        DeathBell(bell_name(session, 0, first.pid)).take_down()

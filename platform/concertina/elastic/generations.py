@@ -8,7 +8,7 @@ everyone has verified.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -119,7 +119,10 @@ class Generations:
             return self.is_settled and not self.holders.isdisjoint(self.reports)
         if coming.failed or any(report.failed == coming.number for report in self.reports.values()):
             return True
-        return coming.planned and not coming.stopping and bool(self.reports)
+        if not coming.planned or coming.moving:
+            return False
+        stopped = self.reports.values()  # of those that stop as they are asked to, the others are waited for
+        return any(report.failure for report in stopped) if coming.stopping else bool(stopped)
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
@@ -128,15 +131,24 @@ class Generations:
         self.present[member] = node
 
     def lose(self, members: list[int]) -> list[Order]:
-        """These are gone for good. Nobody else is touched unless one of them had a seat."""
+        """These are gone for good. Nobody else is touched unless one of them had a seat: a planned change is called
+        off."""
         for member in members:
             self.present.pop(member, None)
             self.reports.pop(member, None)
-        trained = self.trains and self._ranks().isdisjoint(members)
-        if trained and self.coming is None:
-            return []
         seated = self._ranks() | (set(self.coming.seating.roster) if self.coming else set())
-        return self.begin(planned=trained) if seated.intersection(members) else []
+        if seated.isdisjoint(members):
+            return []
+        if self.trains and self._ranks().isdisjoint(members):
+            self.call_off()
+            return []
+        return self.begin()
+
+    def call_off(self) -> None:
+        """A planned change does not come about; the generation before goes on. Whoever prepares for it is told when it
+        is to prepare for another."""
+        assert self.trains
+        self.coming = None
 
     def _ranks(self) -> set[int]:
         return {member for seating in self.possible.values() for member in seating.members}
@@ -197,6 +209,8 @@ class Generations:
         is_new |= self.coming is not None and report.failed == self.coming.number  # nobody was told that before
         if report.member not in self.present or not is_new:
             return []
+        if self.coming is None and report.member not in self.holders:
+            return []  # it was left out, and stops nobody
         self.reports[report.member] = report
         return self._advance()
 
@@ -238,7 +252,7 @@ class Generations:
             orders.append(Order(OrderKind.STOP, coming.number, (self.possible[max(self.possible)].members[0],)))
         if not self.holders.issubset(self.reports):
             return orders
-        move = self._agree(coming.number)
+        move = self._agree(coming.number, coming.seating.roster)
         if move is None:
             return [*orders, Order(OrderKind.RESTORE, coming.number)]
         coming.moving = True
@@ -251,7 +265,7 @@ class Generations:
         """In a shortage, when all have said what they have."""
         if self.shortage is None or self._kept or not self.holders or not self.holders.issubset(self.reports):
             return []
-        move = self._agree(self.last_number)
+        move = self._agree(self.last_number, self.present)
         if move is None:
             return []
         self._kept = True
@@ -265,8 +279,8 @@ class Generations:
             return {m for seating in self.possible.values() for m in seating.roster if m in self.present}
         return self._ranks().intersection(self.present)
 
-    def _agree(self, number: int) -> Move | None:
-        """Where the state is and at which step; None when it is not complete."""
+    def _agree(self, number: int, reachable: Collection[int]) -> Move | None:
+        """Where the state is and at which step; None when those that can be reached do not have it complete."""
         holding = [report for report in self.reports.values() if report.generation in self.possible]
         if not holding:
             found = self._restore
@@ -278,7 +292,7 @@ class Generations:
         newest = next(report for report in adopted if report.step == step)
         able = {r.member for r in adopted if step in (r.step, r.pending)}
         able |= {report.member for report in self.reports.values() if report.verified == source}
-        able.intersection_update(seating.members)
+        able.intersection_update(seating.members, reachable)
         if None in seating.keepers(able):
             return None
         return Move(
