@@ -7,7 +7,7 @@ import logging
 from actors.rank_log import Stamp
 from actors.strike import Fuse
 from concertina.elastic.channel.client import ChannelClient
-from concertina.elastic.messages import Control, Message, encode
+from concertina.elastic.messages import Committed, Control, Message, encode
 from concertina.elastic.waits import BOUNDS
 from concertina.train.loop import CHECKPOINT, REGROUP, STOP, Overtaken
 
@@ -55,7 +55,7 @@ class RankLink:
         return word
 
     def send(self, message: Message) -> None:
-        self.client.send(encode(message))
+        self.client.send(encode(message), at_once=not isinstance(message, Committed))  # one a step, and no hurry
 
     def come_to(self, step: int, phase: str) -> None:
         """A moment at which somebody may want this process to break. Otherwise nothing."""

@@ -125,6 +125,17 @@ def test_messages_come_in_order_and_words_go_back(hall: Hall) -> None:
     assert server.connected()[0].pid == os.getpid()
 
 
+def test_what_is_in_no_hurry_goes_with_a_heartbeat_and_keeps_its_place(hall: Hall) -> None:
+    ear = Ear()
+    client, _ = hall.client(hall.server(ear).address)
+    client.send({"index": 0}, at_once=False)
+    wait_until(lambda: len(ear.messages) == 1)
+    for index in range(1, 9):
+        client.send({"index": index}, at_once=index % 3 == 0)
+    assert client.flush(timedelta(seconds=20))
+    assert [message["index"] for message in ear.messages] == list(range(9))
+
+
 def test_it_listens_on_its_address_only() -> None:
     for anywhere in ("", "0.0.0.0", "::"):
         with pytest.raises(ValueError, match="one address of this node"):

@@ -118,10 +118,12 @@ class ChannelClient:
         """The newest committed step that the coordinator has written down, as far as it has said so."""
         return self._recorded
 
-    def send(self, document: dict[str, Any]) -> None:
-        """Queue a message; does not wait. Raises RankFailure when far too many are unacknowledged."""
+    def send(self, document: dict[str, Any], at_once: bool = True) -> None:
+        """Queue a message; does not wait. Raises RankFailure when far too many are unacknowledged. Not `at_once`: it
+        goes with the next heartbeat, and wakes no thread."""
         self._outbox.put(document)
-        self._wake()
+        if at_once:
+            self._wake()
 
     def progress(self, step: int, phase: str) -> None:
         """What the training thread does from now on; rides on the heartbeats."""
