@@ -11,7 +11,7 @@ from concertina.elastic.doubts import Doubts
 from concertina.elastic.generations import Generations
 from concertina.layout import Seating
 from tests.elastic.simulated_run import LEAST, Run, seats
-from tests.elastic.test_generations import Faults
+from tests.elastic.test_interleavings import Faults
 
 pytestmark = pytest.mark.unit
 

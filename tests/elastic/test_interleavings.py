@@ -18,8 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from concertina.elastic import generations as module
 from concertina.elastic.generations import Generations
-from concertina.layout import Seating
-from tests.elastic.simulated_run import LEAST, Run, seats
+from tests.elastic.simulated_run import LEAST, Run
 
 pytestmark = pytest.mark.unit
 
@@ -95,52 +94,6 @@ class Faults(RuleBasedStateMachine):
 
 
 class TestFaults(Faults.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(max_examples=60, stateful_step_count=30)
-
-
-class Choosy(Run):
-    """Leaves out members that are new and not prepared, as `actors/regrouping.py` does."""
-
-    def __init__(self, kind: type[Generations] = Generations) -> None:
-        self.apart: set[int] = set()
-        super().__init__(kind, members=4, seat=self._choose)
-
-    def _choose(self, present: dict[int, str], old: Seating | None) -> Seating:
-        some = {member: node for member, node in present.items() if member not in self.apart}
-        return seats(some if len(some) >= LEAST else present, old)
-
-    def leave_out(self) -> None:
-        generations, coming = self.generations, self.generations.coming
-        if coming is not None and not (coming.planned and not coming.stopping):
-            proven = {m for n, seating in generations.possible.items() if n != coming.number for m in seating.roster}
-            self.apart |= set(coming.seating.roster) - proven - coming.prepared
-            self._do(generations.begin())
-
-    def _restore(self) -> None:
-        reports, possible = self.generations.reports.values(), self.generations.possible
-        held = {report.member for report in reports if {report.generation, report.verified} & possible.keys()}
-        if self.apart & held:
-            self.apart -= held
-            self._do(self.generations.begin())
-        else:
-            super()._restore()
-
-
-class SomeLeftOut(Faults):
-    def __init__(self) -> None:
-        super().__init__()
-        self.run: Choosy = Choosy()
-
-    @rule()
-    def leave_out(self) -> None:
-        self.run.leave_out()
-
-    @rule()
-    def take_back(self) -> None:
-        self.run.apart.clear()
-
-
-class TestSomeLeftOut(SomeLeftOut.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(max_examples=60, stateful_step_count=30)
 
 
