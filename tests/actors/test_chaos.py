@@ -98,10 +98,10 @@ class Stage:
         return thread
 
     def members(self) -> dict[int, int]:
-        """Members to their processes, by rank."""
+        """Members to their processes, by rank; one that was just lost may still have a seat, and no process."""
         scene = self.injector.scene()
         self.drive.pids |= {scene.coordinator, *scene.pids.values()}
-        return {member: scene.pids[member] for member in scene.ranks}
+        return {member: scene.pids[member] for member in scene.ranks if member in scene.pids}
 
     def seating(self) -> Seating:
         seatings = json.loads(self.drive.run.journal_file.read_text())["seatings"]
