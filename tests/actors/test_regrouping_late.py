@@ -342,17 +342,17 @@ def test_who_is_left_out_and_has_what_nobody_else_has_is_taken_back(clocked: Cal
     assert scene.events(EventType.ROLLBACK) == []
 
 
-def kill_and_replace(scene: Clocked, newest: int) -> None:
+def kill_and_replace(scene: Clocked, newest: int, step: int = 7) -> None:
     """The newest is killed, as by the kernel for its memory; another one comes and forms with the other two."""
     scene.lose(newest)
     for member in sorted(scene.regrouping.generations.holders):
-        scene.halted(member, scene.number, scene.number - 1, 7)
-    scene.formed(scene.number, 7, 0, 1)
+        scene.halted(member, scene.number, scene.number - 1, step)
+    scene.formed(scene.number, step, 0, 1)
     scene.joins(newest + 1)
     scene.prepared(0, 1, newest + 1)
     for member in (0, 1):
-        scene.halted(member, -1, scene.number - 1, 7)
-    scene.formed(scene.number, 7, 0, 1, newest + 1)
+        scene.halted(member, -1, scene.number - 1, step)
+    scene.formed(scene.number, step, 0, 1, newest + 1)
 
 
 def test_members_that_always_die_before_a_step_end_the_run(scene: Clocked) -> None:
@@ -366,7 +366,7 @@ def test_members_that_always_die_before_a_step_end_the_run(scene: Clocked) -> No
 def test_as_long_as_steps_come_members_may_die(scene: Clocked) -> None:
     scene.trains()
     for newest in range(2, 30):
-        kill_and_replace(scene, newest)
+        kill_and_replace(scene, newest, scene.book.step)
         scene.book.record(Committed(scene.book.step + 1, {"loss": 1.0}))
 
 
