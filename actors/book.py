@@ -49,7 +49,9 @@ class Book:
         self.stop_reason = past.reason or "asked to stop"
         self.finished: dict[int, Finished] = {}
         self.errors: list[RankError] = []
-        self.catch_up: Callable[[], object] = lambda: None  # waits till all that was heard is recorded, where it queues
+        # Where what is heard queues to be recorded: wait for all of it, and do something after it and before the rest.
+        self.catch_up: Callable[[], object] = lambda: None
+        self.in_turn: Callable[[Callable[[], None]], None] = lambda job: job()
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Committed: self._on_committed,
             Evaluated: self._on_evaluated,
@@ -101,6 +103,14 @@ class Book:
                 if record["step"] <= step and "validation_loss" in record:
                     self._on_evaluated(Evaluated(record["step"], record["validation_loss"]))
 
+    def stand(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Everybody stands at `step`, and goes on from there: later steps are void, of earlier ones nothing is missing.
+        To be called in turn: what members say of steps they do from now on comes after it."""
+        with self._mutex:
+            if step < max(self.recorded, self.step):
+                self.go_back(step)
+            self.fill(records, step)
+
     def go_back(self, step: int) -> None:
         """Steps after this one are void: they are done again."""
         with self._mutex:
@@ -133,7 +143,7 @@ class Book:
         return len(of_this) == self.world > 0
 
     def _tell_checkpoint(self, manifest: Manifest) -> None:
-        self._written[EventType.CHECKPOINT] = manifest.step
+        self._written[EventType.CHECKPOINT] = max(manifest.step, self.newest_checkpoint())
         path = f"checkpoints/{checkpoint_folder(self.checkpoints, manifest.step).name}"
         facts = {key: manifest.facts[key] for key in ("tokens", "layout") if key in manifest.facts}
         self.event(EventType.CHECKPOINT, manifest.step, path=path, bytes=manifest.bytes, **facts)

@@ -125,7 +125,7 @@ class Conductor:
         self._wake.set()
         return None
 
-    def _recorded(self, message: Message) -> None:
+    def _recorded(self, message: Message | None) -> None:
         """In the recorder's thread."""
         self.server.recorded = self.book.recorded
         if isinstance(message, Finished) or self.recorder.broken is not None:

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from actors.book import Book
 from concertina.elastic.messages import Message
@@ -24,27 +25,31 @@ _MOST = 10_000  # as many as a member keeps unacknowledged
 class Recorder:
     """Of one book. `put` is the channel's thread's, the other verbs are the conductor's."""
 
-    def __init__(self, book: Book, told: Callable[[Message], None]) -> None:
-        """`told` hears of each message once it is recorded, and of the one that could not be, in this thread."""
+    def __init__(self, book: Book, told: Callable[[Message | None], None]) -> None:
+        """`told` hears of each message once it is recorded, and None when one could not be, in this thread."""
         self.broken: BaseException | None = None
         """Why one could not be recorded; no later one is."""
         self._book, self._told = book, told
-        self._queue: queue.Queue[tuple[Message | None, threading.Event] | None] = queue.Queue(_MOST)
+        self._queue: queue.Queue[tuple[Callable[[], None], threading.Event] | None] = queue.Queue(_MOST)
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
-        book.catch_up = self.drain
+        book.catch_up, book.in_turn = self.drain, self.do
 
     def put(self, message: Message) -> threading.Event:
         """Queue a message; set is what comes back once it is on storage. Waits only when far too many are queued."""
         written = threading.Event()
-        self._queue.put((message, written))
+        self._queue.put((partial(self._record, message), written))
         return written
+
+    def do(self, job: Callable[[], None]) -> None:
+        """After all that was put before, and before all that is put from now on."""
+        self._queue.put((job, threading.Event()), timeout=BOUNDS["record"].seconds)
 
     def drain(self) -> bool:
         """Wait until all that was put before is recorded, or cannot be; False at the bound."""
         reached, bound_s = threading.Event(), BOUNDS["record"].seconds
         with suppress(queue.Full):
-            self._queue.put((None, reached), timeout=bound_s)
+            self._queue.put((reached.set, reached), timeout=bound_s)
         if reached.wait(bound_s):
             return True
         log.warning("%s", BOUNDS["record"])
@@ -57,19 +62,21 @@ class Recorder:
             self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            message, written = job
-            if message is not None and not self._record(message):
-                continue  # it is never acknowledged: whoever says it keeps it
-            written.set()
+        while (queued := self._queue.get()) is not None:
+            job, done = queued
+            if self.broken is None:
+                self._try(job)
+            if self.broken is None or job == done.set:
+                done.set()  # else it is never acknowledged: whoever says it keeps it
 
-    def _record(self, message: Message) -> bool:
-        if self.broken is not None:
-            return False
+    def _try(self, job: Callable[[], None]) -> None:
         try:
-            self._book.record(message)
+            job()
         except Exception as error:
             log.exception("what a member said cannot be recorded")
             self.broken = error
+            self._told(None)
+
+    def _record(self, message: Message) -> None:
+        self._book.record(message)
         self._told(message)
-        return self.broken is None

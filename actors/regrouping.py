@@ -7,7 +7,6 @@ recovery took.
 from __future__ import annotations
 
 import logging
-import shutil
 import socket
 import time
 from collections.abc import Collection
@@ -30,7 +29,7 @@ from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, RankFailure
 from concertina.layout import Seating
 from concertina.parallel.groups import make_store
-from concertina.state.manifest import list_checkpoints, partial_folder, read_manifest
+from concertina.state.manifest import give_up_partial, list_checkpoints, read_manifest
 from concertina.track.events import EventType
 from concertina.track.recovery import Cause, MemberNews, MemberWhat, Recovery
 
@@ -75,7 +74,6 @@ class Regrouping:
         self._unseated_since: float | None = None
         self._complaint_since: float | None = None
         self._too_few: tuple[frozenset[int], bool] | None = None
-        self._kept: Path | None = None  # the newest checkpoint that too few were told to write, as it grows
         self._doubts = Doubts()
         self._guest: int | None = None  # who is tried in the next planned change although it is in doubt
         self._blamed: dict[int, str] = {}
@@ -337,6 +335,7 @@ class Regrouping:
         assert order.move is not None
         if order.move.source is not None:  # somebody has adopted it, so all of it have verified it
             self._doubts.settle(self.generations.possible[order.move.source].roster)
+            self._stand(order.move.step)
         change = self._change
         if change is not None:
             change.halted_s, change.step = time.monotonic(), order.move.step
@@ -348,17 +347,26 @@ class Regrouping:
         self._tell(order, replace(order.move, saved=saved, evaluated=evaluated))
         self._expect("load" if order.move.source is None else "form")
 
+    def _stand(self, step: int) -> None:
+        """All that hold state have said where they stand: it is there, or nowhere. Written down before anything that
+        is done from there."""
+        records = [] if self._change is None else list(self._change.records)
+
+        def stand() -> None:
+            self.book.stand(step, records)
+            self.server.recorded = self.book.recorded
+
+        self.book.in_turn(stand)
+
     def _keep(self, order: Order) -> None:
         """Too few are left, and have everything between them: a checkpoint, so that losing them too costs nothing."""
         move = order.move
         assert move is not None
         assert move.source is not None
-        if self._change is not None:
-            self.book.fill(self._change.records, move.step)  # nobody goes back behind it any more
+        self._stand(move.step)
         if move.step <= max(self.book.newest_checkpoint(), self.plan.resume_step):
             return
         self._write_journal()  # its number is used, and what members said before says nothing afterwards
-        self._kept = partial_folder(self.plan.checkpoints, move.step, order.number)
         self._tell(order, Keep(order.number, move.source, move.present, move.step, move.totals))
 
     def _restore(self) -> None:
@@ -371,17 +379,19 @@ class Regrouping:
             self._do(self.generations.begin())
             return
         self.book.catch_up()
-        if self._kept is not None:  # who still writes that one must not complete it: its steps may be done again
-            shutil.rmtree(self._kept, ignore_errors=True)
+        give_up_partial(self.plan.checkpoints)
         found = list_checkpoints(self.plan.checkpoints)
         if not self.generations.possible and self.plan.resume_from is None and not found:
             self._do(self.generations.restore(Restore()))
             return
         folder = Path(found[-1]) if found else self.plan.resume_from
         step = read_manifest(folder).step if folder is not None else 0
-        if self.generations.possible and self.book.step > step:
+        if self.generations.possible:
             log.warning("the state is not complete among who is left: back to step %d", step)
-            self.book.go_back(step)
+            self.server.recorded = min(step, self.server.recorded)
+            self._stand(step)
+            if self._change is not None:
+                self._change.records.clear()  # what is later is void, and will be said anew
         restore = Restore(None if folder is None else str(folder), step)
         self._do(self.generations.restore(restore))
 
@@ -397,14 +407,9 @@ class Regrouping:
         self._deadline = self._change = self._complaint_since = None
         self._doubts.settle(seating.roster)
         self._failures.clear()
-        self.book.catch_up()
-        if step < self.book.recorded:
-            self.book.go_back(step)  # they have rolled back, and their first rank did not live to say so
         self.book.sit(number, seating.layout.world, step)
         if change is not None:
-            self.book.fill(change.records, step)
             self._tell_change(change, seating, step)
-        self.server.recorded = self.book.recorded
         self.book.move(RunEvent.FORMED)
         self.accounting.write()
         self._write_journal()

@@ -61,7 +61,7 @@ _TABLE = [
     # Something went wrong
     Bound("ask_ray", "coordinator", 3, "it goes on with what the channel knows"),
     Bound("ask_agent", "coordinator", 0.3, "nobody can say whether the process stands still"),
-    Bound("record", "coordinator", 10, "it goes on without what members said last: storage hangs"),
+    Bound("record", "coordinator", 5, "it goes on without what members said last: storage hangs"),
     # Somebody is gone
     Bound("driver_silence", "coordinator", 10, "the run stops with a checkpoint"),
     Bound("coordinator_frozen", "agent", 12, "a coordinator whose process stands still is ended: Ray starts it again"),
@@ -88,7 +88,11 @@ class Outlasts:
         return BOUNDS[self.longer].seconds > sum(BOUNDS[name].seconds for name in self.shorter)
 
 
-_STOP_WITHOUT_DRIVER = ("driver_silence", "last_checkpoint", "record", "tracking_close", "coordinator_lingers")
+_STOP_WITHOUT_DRIVER = (
+    *("driver_silence", "last_checkpoint"),
+    *("record", "record"),  # to say why, and at the very end
+    *("tracking_close", "coordinator_lingers"),
+)
 ORDER = [
     Outlasts("actors_finish", _STOP_WITHOUT_DRIVER, "a run without a driver ends in order before its cluster"),
     Outlasts("agent_lease", ("coordinator_silence", "last_checkpoint"), "ranks leave by themselves first"),

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -212,6 +213,18 @@ def prune(root: Path, keep: int) -> list[Path]:
         gone += [path for path in root.glob(".step-*") if path.name[1:].split(".")[0] < newest]
     _remove(gone)
     return gone
+
+
+def give_up_partial(root: Path) -> None:
+    """None of those that grow may become complete any more: what they are of is given up, and may be done again.
+
+    Put aside first, whole: of one that is completed at this moment either everything is there, or nothing.
+    """
+    for path in root.glob(".step-*"):
+        aside = root / f".given-up{path.name}"
+        with suppress(OSError):  # it has just been completed, or removed
+            path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def discard_after(root: Path, step: int) -> list[Path]:
