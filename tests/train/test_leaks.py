@@ -13,7 +13,6 @@ import threading
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 
 from concertina.layout import Layout, Seating
@@ -31,7 +30,6 @@ SEATINGS = [
     on_nodes(Layout(2, ep=2), {0: "a", 1: "b"}, spares=(2,)),
     on_nodes(Layout(2, tp=2, ep=2), {2: "c", 1: "b"}, spares=(0,)),
 ]
-BYTES_A_GENERATION = 64 << 10  # a share is many times that
 
 
 def seating_of(number: int) -> Seating:
@@ -91,7 +89,7 @@ def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str,
             until_gloo_lets_go()
             threads.append(len(os.listdir("/proc/self/task")))
             descriptors.append(len(os.listdir("/proc/self/fd")))
-            in_use.append(bytes_in_use())
+            in_use.append((number, bytes_in_use()))
     return {
         "losses": life.losses,
         "threads": threads,
@@ -117,14 +115,26 @@ def bytes_in_use() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
-def slope(values: list[int]) -> float:
-    """Of the second half, by least squares, per generation."""
-    half = values[len(values) // 2 :]
-    return float(np.polyfit(range(len(half)), half, 1)[0])
+def growth(in_use: list[tuple[int, int]], count: int) -> float:
+    """Bytes a generation, from the first half to the second: of the seating where it is largest, the least of either,
+    for what is on its way only adds."""
+    found = []
+    for phase in range(len(SEATINGS)):
+        halves: tuple[list[int], list[int]] = ([], [])
+        for number, size in in_use:
+            if number >= 6 and number % len(SEATINGS) == phase:
+                halves[number >= count // 2].append(size)
+        if all(halves):
+            found.append((min(halves[1]) - min(halves[0])) / (count / 2))
+    return max(found, default=0.0)
 
 
-@pytest.mark.parametrize("count", [45, pytest.param(240, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
-def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int) -> None:
+LONG = [pytest.mark.soak, pytest.mark.timeout(900)]
+
+
+# A share and its groups are megabytes. What settles in the first dozens of generations weighs less among many.
+@pytest.mark.parametrize(("count", "most_bytes"), [(45, 512 << 10), pytest.param(240, 64 << 10, marks=LONG)])
+def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int, most_bytes: int) -> None:
     steps = 2 * count
     lives = run_distributed(many_generations, WORLD, steps, count, timeout_s=800)
     engine = engine_on(tiny_job(training__steps=steps), Layout(1), 0, None)
@@ -140,4 +150,4 @@ def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int) 
     for step in range(1, max(losses) + 1):
         assert losses[step] == pytest.approx(engine.train_step(step).loss, rel=1e-9)
     for life in lives:
-        assert slope(life["in_use"]) < BYTES_A_GENERATION, life["in_use"]
+        assert growth(life["in_use"], count) < most_bytes, life["in_use"]
