@@ -31,6 +31,7 @@ class Recorder:
     word_at: dict[int, int] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
     step: int = 0
+    phase: str = ""
     recorded: int = 0
     """What the coordinator says it has; it says so late, or never."""
 
@@ -38,7 +39,7 @@ class Recorder:
         return self.word_at.get(self.step, 0)
 
     def progress(self, step: int, phase: str) -> None:
-        self.step = step
+        self.step, self.phase = step, phase
 
     def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -325,7 +326,10 @@ def test_what_was_validated_and_saved_is_void_after_a_roll_back(tmp_path: Path) 
     assert loop.run() is None
     assert (loop.saved, loop.evaluated) == (5, 7)
     loop.saved = 7
+    phases, wait = [], loop.saver.wait
+    loop.saver.wait = lambda *bound: (phases.append(link.phase), wait(*bound))[1]  # type: ignore[func-returns-value]
     assert loop._roll_back(8)
+    assert phases == ["loading"], "who waits for storage says so, or it is given up as one that does not halt"
     assert (loop.engine.applied, loop.saved, loop.evaluated) == (5, 5, 5)
     assert loop.engine.watch.skipped == {8}
 

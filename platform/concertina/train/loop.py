@@ -253,6 +253,7 @@ class Loop:
 
     def _roll_back(self, bad_step: int) -> bool:
         """Load the newest complete checkpoint and mark the bad step to be skipped; False when there is none."""
+        self.link.progress(self.engine.applied, "loading")  # until the next step: storage may take its time
         self.saver.wait()
         to_step = self._newest_checkpoint()
         if to_step is None:
