@@ -88,6 +88,7 @@ class Loop:
         self.mark = self.sheet.mark()
         self._waiting: StepResult | None = None
         self._clock = _Clock()
+        self._from = self._given_up = self._heard = 0
 
     def sit(self, generation: int, saved: int = 0, evaluated: int = 0) -> None:
         """The engine has a share of `generation`. Its steps are recorded so far; the newest complete checkpoint and the
@@ -96,6 +97,7 @@ class Loop:
         self.saver = Saver(self.root, self.engine.rank, self.engine.layout.world, generation, self._part_written)
         self.saved, self.evaluated = saved, evaluated
         self._waiting = None
+        self._go_on_from(self.engine.applied)
 
     def run(self) -> Finished | None:
         """Every rank of the world calls it. Returns when the last checkpoint of this rank is on storage; None when the
@@ -167,7 +169,7 @@ class Loop:
         to say it."""
         assert result is not None
         seconds = self._clock.lap()
-        recorded = self.link.recorded
+        recorded = self._recorded()
         self.records = {step: record for step, record in self.records.items() if step > recorded}
         timing = {"step_s": seconds, "applied_at_s": time.time(), "world": float(self.engine.layout.world)}
         self.records[result.step] = {"step": result.step, "metrics": result.metrics() | timing}
@@ -175,6 +177,27 @@ class Loop:
             text = f"the coordinator has written down none of the last {_MOST_RECORDS} steps: is its disk full?"
             raise RankFailure(text, rank=self.engine.rank)
         return result
+
+    def _recorded(self) -> int:
+        """The newest step whose record nobody will ask for.
+
+        Of a step that is done a second time nobody knows which time is said to be written down, until a lower one is
+        named, or one beyond all that were given up.
+        """
+        recorded = self.link.recorded
+        if recorded < self._heard or recorded > self._given_up:
+            self._given_up = 0
+        self._heard = recorded
+        return min(recorded, self._from) if self._given_up else recorded
+
+    def _go_on_from(self, step: int) -> None:
+        """What came after this step is given up, if anything did."""
+        self._heard = self.link.recorded
+        newest = max(self._given_up, self._heard, *self.records)
+        if newest > step:
+            self._from = min(self._from, step) if self._given_up else step
+            self._given_up = newest
+        self.records = {kept: record for kept, record in self.records.items() if kept <= step}
 
     def _commit_previous(self, result: StepResult) -> None:
         if self._waiting is not None and result.acknowledged:
@@ -261,7 +284,7 @@ class Loop:
         self.engine.load(checkpoint_folder(self.root, to_step), bad_step)
         self._waiting = None
         self.saved, self.evaluated = min(self.saved, to_step), min(self.evaluated, to_step)
-        self.records.clear()
+        self._go_on_from(to_step)
         self.engine.confirm()  # nobody says so before everybody has
         if self.first:
             self.link.send(RolledBack(bad_step, to_step))
