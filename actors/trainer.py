@@ -278,8 +278,9 @@ class Trainer:
             self.loop.sit(move.generation, move.saved, move.evaluated)
 
     def _write_last_words(self, step: int) -> None:
-        facts, unheard = self.loop.last_facts, self.link.client.unacknowledged()
         assert self._current is not None
+        assert self.engine.applied == step
+        facts, unheard = self.engine.facts(), self.link.client.unacknowledged()
         write_last_words(self.seat.plan, self._current.generation, step, facts, unheard)
 
     # -- it is over ---------------------------------------------------------------------------------------------------

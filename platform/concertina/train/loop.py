@@ -82,7 +82,6 @@ class Loop:
         self.link = link
         self.root = checkpoints
         self.generation = self.saved = self.evaluated = 0
-        self.last_facts: dict[str, Any] = {}  # of the newest checkpoint begun
         self.records: dict[int, dict[str, Any]] = {}
         self.sheet = Timesheet()
         self.mark = self.sheet.mark()
@@ -231,8 +230,7 @@ class Loop:
         with self.sheet.spend(Bucket.CHECKPOINT_STALL):
             self._commit_now()
             self.saver.wait()
-            self.last_facts = self.engine.facts()
-            self.saver.start(step, self.engine.state(), self.last_facts)
+            self.saver.start(step, self.engine.state(), self.engine.facts())
         self.saved = step
         self._clock.lap()
 
