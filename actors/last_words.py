@@ -23,8 +23,8 @@ log = logging.getLogger("concertina.rank")
 def write_last_words(
     plan: RunPlan, generation: int, step: int, facts: dict[str, Any], unheard: list[dict[str, Any]]
 ) -> None:
-    """Complete the checkpoint of `step`, of which the facts are; then, unless a coordinator has come back meanwhile, write down what none has
-    heard, so that no committed step is missing, and that the run has failed."""
+    """Complete the checkpoint of `step`, of which the facts are; then, unless a coordinator has come back meanwhile,
+    write down what none has heard, so that no committed step is missing, and that the run has failed."""
     folder = RunFolder(plan.folder)
     complete = _complete(plan, generation, step, facts)
     try:

@@ -45,7 +45,7 @@ _TABLE = [
     Bound("collective", "rank", 120, "the collective raises and the rank reports it"),
     # A generation
     Bound("halt", "coordinator", 20, "members that have not halted are given up"),
-    Bound("storage", "coordinator", 1860, "a member that writes or loads a checkpoint, and has not halted, is given up"),
+    Bound("storage", "coordinator", 1860, "a member that writes or loads a checkpoint, and does not halt, is given up"),
     Bound("prepare", "coordinator", 30, "a planned change is called off; a member that joins alone is given up"),
     Bound("form", "coordinator", 60, "all are halted and form anew, without a loss"),
     Bound("load", "coordinator", 1800, "the same, where the state comes from a checkpoint"),
