@@ -119,7 +119,7 @@ class Conductor:
         if isinstance(message, _FOR_REGROUPING):
             self._news.put(message)
         elif isinstance(message, RankError):
-            self.book.record(message)  # of which nothing is written: whoever judges shall know it at once
+            self.book.errors.append(message)  # nothing is written; `record` would wait for storage in this thread
         else:
             return self.recorder.put(message)
         self._wake.set()

@@ -163,14 +163,23 @@ class Trainer:
         """Write down what this member has, and what it has of ranks that are lost; it stays as it is."""
         try:
             self._bring_up(keep)
-            if self._current is None:
-                return  # it has given its state up since it said that it had it
-            keepers = self._current.seating.keepers(keep.present)
-            ranks = [rank for rank, member in enumerate(keepers) if member == self.seat.member]
-            self.loop.keep(keep.generation, [rank for rank in ranks if rank != self.engine.rank])
-            log.info("writes the parts of ranks %s of a checkpoint of step %d", ranks, keep.step)
         except Exception as error:  # noqa: BLE001 - `_break` sorts them
             self._break(keep, error)
+            return
+        if self._current is not None:  # else it has given its state up since it said that it had it
+            keepers = self._current.seating.keepers(keep.present)
+            self._write_parts(keep, [rank for rank, member in enumerate(keepers) if member == self.seat.member])
+
+    def _write_parts(self, keep: Keep, ranks: list[int]) -> None:
+        """The run does without this checkpoint, but not without who failed to write it: the others may be lost."""
+        progress, step = self.link.client.progress, self.engine.applied
+        progress(step, "checkpoint")
+        try:
+            self.loop.keep(keep.generation, [rank for rank in ranks if rank != self.engine.rank])
+            log.info("writes the parts of ranks %s of a checkpoint of step %d", ranks, keep.step)
+        except Exception as error:  # noqa: BLE001 - no room for a copy is a RuntimeError of torch's
+            log.warning("no checkpoint of step %d while the run waits: %s", keep.step, in_one_line(error))
+        progress(step, "halted")
 
     def _take_seat(self, move: Move) -> None:
         """Bring the state to where the new seating wants it, and make the new share the engine's."""
@@ -278,8 +287,9 @@ class Trainer:
             self.loop.sit(move.generation, move.saved, move.evaluated)
 
     def _write_last_words(self, step: int) -> None:
-        facts, unheard = self.loop.last_facts, self.link.client.unacknowledged()
         assert self._current is not None
+        assert self.engine.applied == step
+        facts, unheard = self.engine.facts(), self.link.client.unacknowledged()
         write_last_words(self.seat.plan, self._current.generation, step, facts, unheard)
 
     # -- it is over ---------------------------------------------------------------------------------------------------

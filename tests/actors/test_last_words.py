@@ -14,7 +14,7 @@ from concertina.elastic.messages import Committed, Finished, Formed, Halted, Mes
 from concertina.layout import Box, Layout
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import write_part
-from concertina.state.manifest import checkpoint_folder, partial_folder, verify
+from concertina.state.manifest import checkpoint_folder, commit, list_checkpoints, partial_folder, verify
 from concertina.track.events import EventLog, EventType, read_events
 
 pytestmark = pytest.mark.unit
@@ -43,8 +43,9 @@ def plan(tmp_path: Path) -> RunPlan:
     return plan
 
 
-def write(plan: RunPlan) -> None:
-    write_last_words(plan, 3, 6, {"step": 6, "tokens": 384}, [encode(message) for message in UNHEARD])
+def write(plan: RunPlan, generation: int = 3, facts_of: int = 6) -> None:
+    facts = {"step": facts_of, "tokens": 64 * facts_of}
+    write_last_words(plan, generation, 6, facts, [encode(message) for message in UNHEARD])
 
 
 def test_unheard_steps_the_checkpoint_and_the_end_are_written(plan: RunPlan) -> None:
@@ -64,3 +65,18 @@ def test_a_coordinator_that_is_back_has_the_last_word(plan: RunPlan) -> None:
         write(plan)
         assert log.append(EventType.STEP, {"loss": 1.0}, step=5) == 6
     assert verify(checkpoint_folder(plan.checkpoints, 6)).step == 6
+
+
+def test_the_end_is_written_although_the_checkpoint_is_refused(plan: RunPlan) -> None:
+    write(plan, facts_of=5)
+    end = list(read_events(plan.folder / "events.jsonl"))[-1]
+    assert end.data["reason"] == "the coordinator was gone for good; its ranks left no new checkpoint"
+    assert list_checkpoints(plan.checkpoints) == []
+
+
+def test_a_checkpoint_that_an_earlier_generation_left_is_the_last_one(plan: RunPlan) -> None:
+    """Of the generation that ends there are no parts, and none will come."""
+    commit(plan.checkpoints, 6, 3, {"step": 6, "tokens": 384})
+    write(plan, generation=5)
+    end = list(read_events(plan.folder / "events.jsonl"))[-1]
+    assert end.data["reason"].endswith("left a checkpoint of step 6")

@@ -92,6 +92,33 @@ def test_who_waits_for_half_a_message_is_woken_by_the_fence(receives: bool, wait
     assert other["ended"] in ("broken", "done")
 
 
+def many_behind_half_a_message(rank: int, store: Any, number: int) -> dict[str, Any]:
+    """Rank 1 freezes before the first of many messages has come; the others of rank 0 queue up behind it."""
+    groups = formed(rank, store, 0)
+    group, wires = groups[SECONDS], groups.world.wires
+    x = torch.ones(HALF)
+    if rank == 1:
+        pending = [exchange([], [(x, 0)], group) for _ in range(number)]
+        store.set("pid", str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+        wires.fence()
+        return {"ended": [ending(each) for each in pending]}
+    pid = int(store.get("pid"))
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    pending = [exchange([(x, 1)], [], group) for _ in range(number)]
+    wires.fence()
+    begun = len(wires.underway)
+    leave(wires)
+    found = {"begun": begun, "left over": left_over(), "underway": len(wires.underway)}
+    os.kill(pid, signal.SIGCONT)
+    return found
+
+
+def test_what_queues_behind_half_a_message_is_left_all_together() -> None:
+    found, _ = run_distributed(many_behind_half_a_message, 2, 12, timeout_s=40)
+    assert found == {"begun": 12, "left over": 1, "underway": 0}
+
+
 def longer_than_a_breath(rank: int, store: Any) -> tuple[float, float, int]:
     """Rank 1 comes late: the wait of rank 0 comes up for air more than once, and is still right."""
     groups = formed(rank, store, 0)

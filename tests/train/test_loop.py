@@ -31,6 +31,7 @@ class Recorder:
     word_at: dict[int, int] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
     step: int = 0
+    phase: str = ""
     recorded: int = 0
     """What the coordinator says it has; it says so late, or never."""
 
@@ -38,7 +39,7 @@ class Recorder:
         return self.word_at.get(self.step, 0)
 
     def progress(self, step: int, phase: str) -> None:
-        self.step = step
+        self.step, self.phase = step, phase
 
     def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -259,6 +260,48 @@ def test_records_are_kept_until_they_are_written_down(tmp_path: Path) -> None:
     assert sorted(loop.records) == [12, 13, 14]
 
 
+@pytest.mark.parametrize("late", [9, 10], ids=["already heard", "heard afterwards"])
+def test_what_was_written_down_of_a_past_that_was_given_up_is_no_reason_to_forget(late: int, tmp_path: Path) -> None:
+    """The world is at step 10 when it goes back to a checkpoint of step 5: its word of before may be late."""
+    link = Recorder(tmp_path, {5: CHECKPOINT, 10: REGROUP})
+    loop = Loop(engine_on(tiny_job(), Layout(1), 0, None), tmp_path, link)
+    loop.sit(0)
+    loop.run()
+    link.recorded = 9
+    loop.engine.load(checkpoint_folder(tmp_path, 5))
+    loop.sit(1, 5, 0)
+    assert sorted(loop.records) == [1, 2, 3, 4, 5]
+    link.recorded, link.word_at = late, {8: REGROUP}
+    loop.run()
+    assert sorted(loop.records) == [6, 7, 8]
+    loop.sit(2, 5, 0)
+    link.word_at = {9: REGROUP}
+    loop.run()
+    assert sorted(loop.records) == [6, 7, 8, 9], "nor has the next generation heard anything new"
+    link.recorded, link.word_at = 7, {10: REGROUP}  # it has gone back too
+    loop.run()
+    assert sorted(loop.records) == [8, 9, 10]
+
+
+@pytest.mark.parametrize("before", [2, 7])
+def test_a_roll_back_forgets_nothing_for_what_was_written_down_before_it(before: int, tmp_path: Path) -> None:
+    job = tiny_job(training__anomaly={"nonfinite": "roll_back"})
+    engine = engine_on(job, Layout(1), 0, None)
+    _poison(engine, 8)
+    link = Recorder(tmp_path, {}, recorded=before)
+    link.word_at = {7: REGROUP}
+    loop = Loop(engine, tmp_path, link)
+    loop.sit(0)
+    loop.run()
+    assert loop._roll_back(8)
+    link.recorded, link.word_at = 7, {7: REGROUP}
+    loop.run()
+    assert {6, 7} <= loop.records.keys()
+    link.recorded, link.word_at = 8, {9: REGROUP}
+    loop.run()
+    assert sorted(loop.records) == [9], "beyond the past, and so of this time"
+
+
 def test_a_loop_that_is_overtaken_leaves_at_once(tmp_path: Path) -> None:
     """It says so before a step, so that nothing of the step has begun."""
 
@@ -325,7 +368,10 @@ def test_what_was_validated_and_saved_is_void_after_a_roll_back(tmp_path: Path) 
     assert loop.run() is None
     assert (loop.saved, loop.evaluated) == (5, 7)
     loop.saved = 7
+    phases, wait = [], loop.saver.wait
+    loop.saver.wait = lambda *bound: (phases.append(link.phase), wait(*bound))[1]  # type: ignore[func-returns-value]
     assert loop._roll_back(8)
+    assert phases == ["loading"], "who waits for storage says so, or it is given up as one that does not halt"
     assert (loop.engine.applied, loop.saved, loop.evaluated) == (5, 5, 5)
     assert loop.engine.watch.skipped == {8}
 

@@ -45,7 +45,7 @@ _TABLE = [
     Bound("collective", "rank", 120, "the collective raises and the rank reports it"),
     # A generation
     Bound("halt", "coordinator", 20, "members that have not halted are given up"),
-    Bound("storage", "coordinator", 620, "a member that writes or loads a checkpoint, and has not halted, is given up"),
+    Bound("storage", "coordinator", 1860, "a member that writes or loads a checkpoint, and does not halt, is given up"),
     Bound("prepare", "coordinator", 30, "a planned change is called off; a member that joins alone is given up"),
     Bound("form", "coordinator", 60, "all are halted and form anew, without a loss"),
     Bound("load", "coordinator", 1800, "the same, where the state comes from a checkpoint"),
@@ -105,6 +105,7 @@ ORDER = [
     Outlasts("coordinator_silence", ("coordinator_frozen",), "a frozen coordinator is replaced before ranks give up"),
     Outlasts("collective", ("silence_busy", "halt"), "a member that hangs is given up before the collective's end"),
     Outlasts("load", ("collective", "form"), "who waits for a member that does not load says so first"),
+    Outlasts("storage", ("load", "halt"), "a change while all load a checkpoint gives up none of them"),
     Outlasts("cut_off_alone", ("channel_connect",), "one missed attempt is no loss"),
     Outlasts("complaint", ("silence", "cut_off"), "a loss is found before its peers form anew without one"),
     Outlasts("silence_busy", ("silence",), "who is busy has more time"),

@@ -49,23 +49,33 @@ class Underway:
 
         After it has returned or raised nothing of it touches memory any more.
         """
+        if not self.ends():
+            _let_go([self.left_over])
+            raise dist.DistNetworkError("fenced, and gloo still waits for a message that was half-way")
+
+    def ends(self, asleep: bool = False) -> bool:
+        """Wait until it is over, and raise what the backend does; False when it was fenced and gloo says nothing.
+        `asleep`: gloo is known to, and whatever is not over now is not waited for."""
         began = time.perf_counter()
         try:
             if self._group.backend.name() == "gloo":
-                self._wait_for_gloo()
-            else:
-                self._work.wait()  # only queues
+                return not (asleep and not self._work.is_completed()) and self._ends_with_gloo()
+            self._work.wait()  # only queues
+            return True
         finally:
             self._group.tap.waited_s += time.perf_counter() - began
             self._group.wires.underway.discard(self)
 
-    def _wait_for_gloo(self) -> None:
+    @property
+    def left_over(self) -> tuple[Any, Any]:
+        """What gloo holds on to: the work, and its backend."""
+        return self._work, self._group.backend
+
+    def _ends_with_gloo(self) -> bool:
         while not self._is_over():
             if self._group.wires.are_dry and _gloo_sleeps() and not self._is_over():
-                keep = threading.Thread(target=_keep, args=(self._work, self._group.backend), daemon=True)
-                keep.name = "left-over"
-                keep.start()
-                raise dist.DistNetworkError("fenced, and gloo still waits for a message that was half-way")
+                return False
+        return True
 
     def _is_over(self) -> bool:
         """Whether it ended within a breath. Raises how, if not well."""
@@ -82,12 +92,18 @@ class Underway:
 
 def leave(wires: Wires) -> None:
     """Of a generation that is fenced: wait for whatever is under way, so that nothing touches memory any more."""
-    for each in list(wires.underway):
-        try:
-            each.wait()
-        except RuntimeError as error:
-            if not is_communication_failure(error):
-                raise
+    left: list[tuple[Any, Any]] = []
+    try:
+        for each in list(wires.underway):
+            try:
+                if not each.ends(asleep=bool(left)):
+                    left.append(each.left_over)
+            except RuntimeError as error:
+                if not is_communication_failure(error):
+                    raise
+    finally:
+        if left:
+            _let_go(left)
 
 
 class Several:
@@ -105,7 +121,8 @@ class Several:
         self._failure: tuple[type[RuntimeError], str] | None = None  # not the error: it would hold this, and a backend
 
     def is_completed(self) -> bool:
-        return self._ended is not None and self._ended.is_set()
+        """Whether it is known to be over; who asks first makes a thread look."""
+        return self._watch().is_set()
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Until none of them touches memory any more; raises the first failure then.
@@ -115,15 +132,17 @@ class Several:
         """
         if timeout is None:
             self._finish()
-        else:
-            if self._ended is None:
-                self._ended = threading.Event()
-                threading.Thread(target=self._finish, args=(self._ended,), name="exchange", daemon=True).start()
-            if not self._ended.wait(timeout.total_seconds()):
-                raise RuntimeError("still under way")
+        elif not self._watch().wait(timeout.total_seconds()):
+            raise RuntimeError("still under way")
         if self._failure is not None:
             kind, text = self._failure
             raise kind(text)
+
+    def _watch(self) -> threading.Event:
+        if self._ended is None:
+            self._ended = threading.Event()
+            threading.Thread(target=self._finish, args=(self._ended,), name="exchange", daemon=True).start()
+        return self._ended
 
     def _finish(self, ended: threading.Event | None = None) -> None:
         while self._works:
@@ -138,9 +157,14 @@ class Several:
         raise RuntimeError("not implemented: gloo does not tell of sends and receives")
 
 
-def _keep(work: Any, backend: Any) -> None:
-    """Until gloo's timeout: whoever drops the backend last waits for its threads, and that is to be nobody else."""
-    while not work.is_completed():
+def _let_go(left: list[tuple[Any, Any]]) -> None:
+    """A thread keeps these until gloo's timeout."""
+    threading.Thread(target=_keep, args=(left,), name="left-over", daemon=True).start()
+
+
+def _keep(left: list[tuple[Any, Any]]) -> None:
+    """Whoever drops the backend last waits for its threads, and that is to be nobody else."""
+    while not all(work.is_completed() for work, _ in left):
         time.sleep(_LET_GO_S)
 
 

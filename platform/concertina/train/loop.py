@@ -82,12 +82,12 @@ class Loop:
         self.link = link
         self.root = checkpoints
         self.generation = self.saved = self.evaluated = 0
-        self.last_facts: dict[str, Any] = {}  # of the newest checkpoint begun
         self.records: dict[int, dict[str, Any]] = {}
         self.sheet = Timesheet()
         self.mark = self.sheet.mark()
         self._waiting: StepResult | None = None
         self._clock = _Clock()
+        self._from = self._given_up = self._heard = 0
 
     def sit(self, generation: int, saved: int = 0, evaluated: int = 0) -> None:
         """The engine has a share of `generation`. Its steps are recorded so far; the newest complete checkpoint and the
@@ -96,6 +96,7 @@ class Loop:
         self.saver = Saver(self.root, self.engine.rank, self.engine.layout.world, generation, self._part_written)
         self.saved, self.evaluated = saved, evaluated
         self._waiting = None
+        self._go_on_from(self.engine.applied)
 
     def run(self) -> Finished | None:
         """Every rank of the world calls it. Returns when the last checkpoint of this rank is on storage; None when the
@@ -167,7 +168,7 @@ class Loop:
         to say it."""
         assert result is not None
         seconds = self._clock.lap()
-        recorded = self.link.recorded
+        recorded = self._recorded()
         self.records = {step: record for step, record in self.records.items() if step > recorded}
         timing = {"step_s": seconds, "applied_at_s": time.time(), "world": float(self.engine.layout.world)}
         self.records[result.step] = {"step": result.step, "metrics": result.metrics() | timing}
@@ -175,6 +176,27 @@ class Loop:
             text = f"the coordinator has written down none of the last {_MOST_RECORDS} steps: is its disk full?"
             raise RankFailure(text, rank=self.engine.rank)
         return result
+
+    def _recorded(self) -> int:
+        """The newest step whose record nobody will ask for.
+
+        Of a step that is done a second time nobody knows which time is said to be written down, until a lower one is
+        named, or one beyond all that were given up.
+        """
+        recorded = self.link.recorded
+        if recorded < self._heard or recorded > self._given_up:
+            self._given_up = 0
+        self._heard = recorded
+        return min(recorded, self._from) if self._given_up else recorded
+
+    def _go_on_from(self, step: int) -> None:
+        """What came after this step is given up, if anything did."""
+        self._heard = self.link.recorded
+        newest = max(self._given_up, self._heard, *self.records)
+        if newest > step:
+            self._from = min(self._from, step) if self._given_up else step
+            self._given_up = newest
+        self.records = {kept: record for kept, record in self.records.items() if kept <= step}
 
     def _commit_previous(self, result: StepResult) -> None:
         if self._waiting is not None and result.acknowledged:
@@ -208,8 +230,7 @@ class Loop:
         with self.sheet.spend(Bucket.CHECKPOINT_STALL):
             self._commit_now()
             self.saver.wait()
-            self.last_facts = self.engine.facts()
-            self.saver.start(step, self.engine.state(), self.last_facts)
+            self.saver.start(step, self.engine.state(), self.engine.facts())
         self.saved = step
         self._clock.lap()
 
@@ -253,6 +274,7 @@ class Loop:
 
     def _roll_back(self, bad_step: int) -> bool:
         """Load the newest complete checkpoint and mark the bad step to be skipped; False when there is none."""
+        self.link.progress(self.engine.applied, "loading")  # until the next step: storage may take its time
         self.saver.wait()
         to_step = self._newest_checkpoint()
         if to_step is None:
@@ -260,7 +282,7 @@ class Loop:
         self.engine.load(checkpoint_folder(self.root, to_step), bad_step)
         self._waiting = None
         self.saved, self.evaluated = min(self.saved, to_step), min(self.evaluated, to_step)
-        self.records.clear()
+        self._go_on_from(to_step)
         self.engine.confirm()  # nobody says so before everybody has
         if self.first:
             self.link.send(RolledBack(bad_step, to_step))
