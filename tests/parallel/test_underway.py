@@ -48,8 +48,8 @@ def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> d
         if receives:  # a receiver is met before anything is sent
             store.wait(["begun"])
             time.sleep(0.1)
-        pending = exchange([(x, 0)], [], group) if receives else exchange([], [(x, 0)], group)
         store.set("pid", str(os.getpid()))
+        pending = exchange([(x, 0)], [], group) if receives else exchange([], [(x, 0)], group)
         os.kill(os.getpid(), signal.SIGSTOP)
         wires.fence()
         return {"ended": ending(pending)}
