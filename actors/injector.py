@@ -26,6 +26,7 @@ __all__ = ["Injector", "Strike"]
 
 _POLL_S = 0.02
 _FUSE_POLL_S = 0.2  # the fuse needs nobody; this is how soon one is laid anew when somebody else takes the rank
+_LEASES_S = 10.0  # two of them
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,15 @@ class Injector:
 
     # -- at once ------------------------------------------------------------------------------------------------------
 
+    def _strike_member(self, deed: Deed, victim: Victim) -> bool:
+        """An agent that has just been started again is told of its members with the next lease."""
+        deadline = time.monotonic() + _LEASES_S
+        while not self._ask(self._agent(victim.node).strike.remote(deed, [victim.pid])):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_FUSE_POLL_S)
+        return True
+
     def _strike(self, injection: Injection) -> None:
         if injection.deed is Deed.JOIN:
             self._join(injection)
@@ -176,7 +186,7 @@ class Injector:
             case Kind.COORDINATOR:
                 self._strike_coordinator(deed, victim.pid)
             case _:
-                if not self._ask(self._agent(victim.node).strike.remote(deed, [victim.pid])):
+                if not self._strike_member(deed, victim):
                     raise UserError(f"{victim}: the agent there knows no such process")
         self._say(injection, victim)
 

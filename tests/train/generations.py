@@ -116,11 +116,14 @@ class Life:
             if stage.fault == "summed":
                 raise Gone
             totals = agree(vector)
+            if stage.fault == "some":  # nobody goes before all have the result
+                self.store.set(f"agreed/{stage.until}/{self.member}", "")
+                self.store.wait([f"agreed/{stage.until}/{member}" for member in stage.seating.members])
             if lost or self.member in stage.behind:
                 raise Gone
             return totals
 
-        if lost or self.member in stage.behind:
+        if stage.fault == "some" or lost or self.member in stage.behind:
             engine._agree = cut  # type: ignore[method-assign]
         over = self._supervised(stage.until)
         try:
