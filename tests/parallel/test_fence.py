@@ -152,8 +152,9 @@ def frozen_rank(play: Play, kind: str, size: int, delay_s: float | None) -> None
         said = attempt(lambda: KINDS[kind](x, out, groups.world))
         play.store.wait([f"woken/{play.number}/0"])  # frozen in here at the latest
     if said == "broken":
-        try:
-            play.form(WORLD, timeout=timedelta(seconds=0.2))  # with those who are in a newer generation
+        try:  # with those who are in a newer generation; what gloo still keeps of the old one may let it connect
+            again = play.form(WORLD, timeout=timedelta(seconds=0.2))
+            said += " met" if outcome(all_reduce_sum(torch.ones(8), again.world)) == "done" else " alone"
         except RuntimeError as error:
             said += " refused" if is_communication_failure(error) else repr(error)
     play.say("ended", said)
@@ -235,10 +236,10 @@ def check(found: list[dict[str, Any]]) -> None:
         assert case["total"] == 4 * 8, case
         if case["case"][2] is None:
             assert case["ends"] == ["broken"], case
-            assert case["zombie"] == "broken refused", case
+            assert case["zombie"] in ("broken refused", "broken alone"), case
         else:  # it may have been frozen after it had given all it owed
             assert set(case["ends"]) <= {"broken", "done"}, case
-            assert case["zombie"] in ("broken refused", "done"), case
+            assert case["zombie"] in ("broken refused", "broken alone", "done"), case
 
 
 @pytest.mark.parametrize("size", SIZES)
