@@ -8,7 +8,9 @@ from pathlib import Path
 from concertina.config import Job
 from concertina.layout import Layout
 
-__all__ = ["Assignment", "RunPlan", "agent_name", "bell_name", "member_name"]
+__all__ = ["LEASE_EVERY_S", "Assignment", "RunPlan", "agent_name", "bell_name", "member_name"]
+
+LEASE_EVERY_S = 5.0  # a tenth of what agents grant
 
 
 def member_name(session: str, member: int) -> str:

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.accounting import Accounting
-from actors.assignment import RunPlan
+from actors.assignment import LEASE_EVERY_S, RunPlan
 from actors.book import Book
 from actors.evidence import Evidence
 from actors.hands import Hands, Member, sweep
@@ -52,7 +52,6 @@ __all__ = ["Conductor"]
 
 log = logging.getLogger("concertina.coordinator")
 
-LEASE_EVERY_S = 5.0  # a tenth of what agents grant
 STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
 TURN_S = 0.25  # news of members wakes it at once; turns cost the ranks processor time
 _FOR_REGROUPING = (Prepared, Formed, Halted, TimeSpent)

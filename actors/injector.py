@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from actors.assignment import agent_name, member_name
+from actors.assignment import LEASE_EVERY_S, agent_name, member_name
 from actors.coordinator import COORDINATOR
 from concertina.elastic.chaos import MEMBER_PHASES, Deed, Injection, Kind, Scene, Victim
 from concertina.elastic.waits import BOUNDS
@@ -26,7 +26,6 @@ __all__ = ["Injector", "Strike"]
 
 _POLL_S = 0.02
 _FUSE_POLL_S = 0.2  # the fuse needs nobody; this is how soon one is laid anew when somebody else takes the rank
-_LEASES_S = 10.0  # two of them
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class Injector:
 
     def _strike_member(self, deed: Deed, victim: Victim) -> bool:
         """An agent that has just been started again is told of its members with the next lease."""
-        deadline = time.monotonic() + _LEASES_S
+        deadline = time.monotonic() + 2 * LEASE_EVERY_S
         while not self._ask(self._agent(victim.node).strike.remote(deed, [victim.pid])):
             if time.monotonic() > deadline:
                 return False

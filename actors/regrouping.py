@@ -387,7 +387,8 @@ class Regrouping:
         folder = Path(found[-1]) if found else self.plan.resume_from
         step = read_manifest(folder).step if folder is not None else 0
         if self.generations.possible:
-            log.warning("the state is not complete among who is left: back to step %d", step)
+            if self.book.step > step:
+                log.warning("the state is not complete among who is left: back to step %d", step)
             self.server.recorded = min(step, self.server.recorded)
             self._stand(step)
             if self._change is not None:

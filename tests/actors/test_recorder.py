@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from actors.recorder import Recorder
 from concertina.elastic.channel import ChannelClient, ChannelServer
 from concertina.elastic.messages import Committed, Evaluated, Finished, Message, PartWritten, decode, encode
 from concertina.elastic.states import RunEvent, RunState
+from concertina.elastic.waits import BOUNDS
+from concertina.errors import RankFailure
 from concertina.state.manifest import (
     FileRecord,
     Part,
@@ -132,6 +135,20 @@ def test_what_is_queued_at_the_end_is_written(desk: Desk) -> None:
     desk.recorder.close()
     assert [step for kind, step in desk.events() if kind == "step"] == list(range(1, 201))
     assert desk.told == [*messages, Finished(0, 200, "done")]
+
+
+def test_far_too_much_that_nobody_records_ends_the_run_in_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BOUNDS, "recorder_full", replace(BOUNDS["recorder_full"], seconds=0.1))
+    recorder, answer, begun = Recorder(desk.book, desk.told.append, most=2), threading.Event(), threading.Event()
+    recorder.do(lambda: (begun.set(), answer.wait(20))[0])
+    assert begun.wait(20)
+    for step in (1, 2):
+        recorder.put(Committed(step, {"loss": 1.0}))
+    with pytest.raises(RankFailure, match=r"none of the last 2 records in 0.1 s: is it full, or does it hang\?"):
+        recorder.put(Committed(3, {"loss": 1.0}))
+    answer.set()
+    recorder.close()
+    assert desk.book.recorded == 2
 
 
 def test_what_cannot_be_written_is_never_acknowledged(desk: Desk) -> None:

@@ -50,6 +50,16 @@ def trained(members: int) -> Generations:
     return generations
 
 
+def lose_both_owners(generations: Generations) -> list[int]:
+    """Of the first rank; the two that are left."""
+    seating = generations.seating
+    assert seating is not None
+    second = seating.seconds[0]
+    assert second is not None
+    generations.lose([seating.members[0], seating.members[second]])
+    return sorted(generations.present)
+
+
 # -- each transition --------------------------------------------------------------------------------------------------
 
 
@@ -106,12 +116,7 @@ def test_a_spare_that_let_go_knows_that_all_have_verified() -> None:
 
 def test_without_both_owners_of_a_rank_the_state_is_given_up() -> None:
     generations = trained(4)
-    seating = generations.seating
-    assert seating is not None
-    second = seating.seconds[0]
-    assert second is not None
-    generations.lose([seating.members[0], seating.members[second]])
-    left = sorted(generations.present)
+    left = lose_both_owners(generations)
     generations.halt(said(left[0], 0, 7))
     assert kinds(generations.halt(said(left[1], 0, 7))) == [RESTORE]
     (order,) = generations.restore(Restore("checkpoint", 5))
@@ -250,12 +255,7 @@ def test_in_a_shortage_nothing_is_kept_that_is_not_complete() -> None:
     generations.begin()
     generations.restore(Restore())
     form(generations, 0)
-    seating = generations.seating
-    assert seating is not None
-    second = seating.seconds[0]
-    assert second is not None
-    generations.lose([seating.members[0], seating.members[second]])
-    left = sorted(generations.present)
+    left = lose_both_owners(generations)
     assert generations.halt(said(left[0], 0, 7)) == []
     assert generations.halt(said(left[1], 0, 7)) == []
     assert generations.possible.keys() == {0}, "nothing is given up before somebody is there to go on"

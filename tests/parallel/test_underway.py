@@ -19,6 +19,7 @@ from concertina.parallel.failures import is_communication_failure
 from concertina.parallel.groups import SECONDS, GroupOptions, Groups, form_groups
 from concertina.parallel.underway import leave
 from tests.distributed import on_ranks, run_distributed
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.dist
 
@@ -28,11 +29,6 @@ HALF = 16 << 20  # elements: more than any socket takes at once
 
 def formed(rank: int, store: Any, generation: int) -> Groups:
     return form_groups(Layout(2), rank, store, GroupOptions(generation, timeout=LONG))
-
-
-def until(happened: Any) -> None:
-    while not happened():
-        time.sleep(0.001)
 
 
 def left_over() -> int:
@@ -57,14 +53,14 @@ def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> d
         pending = exchange([], [(x, 1)], group)
         store.set("begun", "")
     pid = int(store.get("pid"))
-    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     if receives:
-        until(lambda: bool((x == 2.0).any()))
+        wait_until(lambda: bool((x == 2.0).any()))
     else:
         pending = exchange([(x, 1)], [], group)
     threading.Timer(0.05, wires.fence).start()
     found: dict[str, Any] = {"ended": ending(pending)} if waited_for else {}
-    until(lambda: wires.are_dry)
+    wait_until(lambda: wires.are_dry)
     leave(wires)
     found["left over"] = left_over()
     del groups, group, pending  # waits for no thread of gloo's, or this test does not end
@@ -104,7 +100,7 @@ def many_behind_half_a_message(rank: int, store: Any, number: int) -> dict[str, 
         wires.fence()
         return {"ended": [ending(each) for each in pending]}
     pid = int(store.get("pid"))
-    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     pending = [exchange([(x, 1)], [], group) for _ in range(number)]
     wires.fence()
     begun = len(wires.underway)

@@ -19,6 +19,7 @@ from concertina.state.manifest import (
     checkpoint_folder,
     commit,
     discard_after,
+    give_up_partial,
     list_checkpoints,
     partial_folder,
     prune,
@@ -208,6 +209,19 @@ def test_parts_of_a_killed_session_do_not_count(tmp_path: Path) -> None:
     complete(tmp_path, 5)
     assert read_manifest(checkpoint_folder(tmp_path, 5)).world == 2
     verify(checkpoint_folder(tmp_path, 5))
+
+
+def test_what_is_given_up_while_it_grows_never_becomes_complete(tmp_path: Path) -> None:
+    complete(tmp_path, 5)
+    write(tmp_path, 10, halves())
+    aside = tmp_path / ".given-up.step-00000010.generation0"
+    aside.mkdir()
+    (aside / "shard-0").write_text("of a kill in the middle of this")
+    give_up_partial(tmp_path)
+    assert commit(tmp_path, 10, 0, {}) is None
+    assert names(tmp_path.iterdir()) == ["step-00000005"]
+    aside.mkdir()
+    assert names(discard_after(tmp_path, 5)) == [aside.name]
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_is_written_again(tmp_path: Path) -> None:

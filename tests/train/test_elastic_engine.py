@@ -202,6 +202,17 @@ def test_a_step_that_only_some_could_judge_is_void_for_all(action: str, referenc
     assert all(found["completed"] == [] for found in results)
 
 
+def checkpoint_third_step(life: Life, folder: Path) -> None:
+    """Train to it on all three ranks, and complete its checkpoint."""
+    engine = life.engine
+    life.train(3)
+    engine.settle()
+    write_part(partial_folder(folder, 3, 0), engine.state(), rank=engine.rank, world=3, generation=0)
+    assert engine.confirm()
+    if engine.rank == 0:
+        assert commit(folder, 3, 0, engine.facts()) is not None
+
+
 def rolled_back(rank: int, store: Any, job: Job, folder: Path) -> dict[str, Any]:
     """Five steps, back to the checkpoint of the third; member 2 is lost when only some have come to the end of that."""
     life, lost = Life(rank, store, job, unconfigured(job)), (2,)
@@ -211,12 +222,7 @@ def rolled_back(rank: int, store: Any, job: Job, folder: Path) -> dict[str, Any]
         Stage(on_nodes(Layout(2, ep=2), {0: "a", 1: "b"}), 8),
     ]
     life.enter(0, stages)
-    life.train(3)
-    engine.settle()
-    write_part(partial_folder(folder, 3, 0), engine.state(), rank=rank, world=3, generation=0)
-    assert engine.confirm()
-    if rank == 0:
-        assert commit(folder, 3, 0, engine.facts()) is not None
+    checkpoint_third_step(life, folder)
     life.train(5)
     assert engine.confirm()
     if rank == 1:
@@ -250,12 +256,7 @@ def loaded(rank: int, store: Any, job: Job, folder: Path) -> dict[str, Any]:
     life = Life(rank, store, job, unconfigured(job))
     engine = life.engine
     life.enter(0, [Stage(on_nodes(Layout(3, ep=3), without(3)), 5)])
-    life.train(3)
-    engine.settle()
-    write_part(partial_folder(folder, 3, 0), engine.state(), rank=rank, world=3, generation=0)
-    assert engine.confirm()
-    if rank == 0:
-        assert commit(folder, 3, 0, engine.facts()) is not None
+    checkpoint_third_step(life, folder)
     life.train(5)
     before = dict(life.losses)
     assert engine.confirm()

@@ -10,7 +10,6 @@ import gc
 import os
 import random
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from concertina.parallel.failures import is_communication_failure
 from tests.distributed import run_distributed
 from tests.train.generations import Life, Stage, on_nodes
 from tests.train.worlds import engine_on, tiny_job, unconfigured
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.dist
 
@@ -60,11 +60,6 @@ def gloo_keeps_something() -> bool:
     return any(thread.name == "left-over" for thread in threading.enumerate())
 
 
-def until_gloo_lets_go() -> None:
-    while gloo_keeps_something():
-        time.sleep(0.1)
-
-
 def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str, Any]:
     keep_freed_memory()
     job = tiny_job(training__steps=steps)
@@ -87,7 +82,7 @@ def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str,
         store.set(f"done/{number}/{rank}", "")
         store.wait([f"done/{number}/{each}" for each in range(WORLD)])
         if looks:
-            until_gloo_lets_go()
+            wait_until(lambda: not gloo_keeps_something(), bound_s=60)
         if not gloo_keeps_something():
             threads.append(len(os.listdir("/proc/self/task")))
             descriptors.append(len(os.listdir("/proc/self/fd")))

@@ -61,6 +61,7 @@ _TABLE = [
     # Something went wrong
     Bound("ask_ray", "coordinator", 3, "it goes on with what the channel knows"),
     Bound("ask_agent", "coordinator", 0.3, "nobody can say whether the process stands still"),
+    Bound("recorder_full", "coordinator", 15, "the run ends: storage takes nothing of far too much that is queued"),
     Bound("record", "coordinator", 5, "it goes on without what members said last: storage hangs"),
     # Somebody is gone
     Bound("driver_silence", "coordinator", 10, "the run stops with a checkpoint"),
@@ -102,6 +103,7 @@ ORDER = [
     Outlasts(
         "coordinator_silence", ("channel_unanswered",), "a broken connection is replaced before its rank gives up"
     ),
+    Outlasts("coordinator_silence", ("recorder_full",), "ranks hear why the run ends before they leave by themselves"),
     Outlasts("coordinator_silence", ("coordinator_frozen",), "a frozen coordinator is replaced before ranks give up"),
     Outlasts("collective", ("silence_busy", "halt"), "a member that hangs is given up before the collective's end"),
     Outlasts("load", ("collective", "form"), "who waits for a member that does not load says so first"),

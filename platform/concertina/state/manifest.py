@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+_GIVEN_UP = ".given-up"
 FORMAT = 1
 
 
@@ -221,10 +222,11 @@ def give_up_partial(root: Path) -> None:
     Put aside first, whole: of one that is completed at this moment either everything is there, or nothing.
     """
     for path in root.glob(".step-*"):
-        aside = root / f".given-up{path.name}"
+        aside = root / f"{_GIVEN_UP}{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill left of one that was put aside before
         with suppress(OSError):  # it has just been completed, or removed
             path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside)
 
 
 def discard_after(root: Path, step: int) -> list[Path]:
@@ -234,7 +236,7 @@ def discard_after(root: Path, step: int) -> list[Path]:
     would be kept in the place of its own.
     """
     later = [path for path in root.glob("step-*") if path.name > checkpoint_folder(root, step).name]
-    gone = sorted([*later, *root.glob(".step-*")])
+    gone = sorted([*later, *root.glob(".step-*"), *root.glob(f"{_GIVEN_UP}*")])
     _remove(gone)
     return gone
 
