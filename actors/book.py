@@ -6,6 +6,7 @@ when the coordinator restarts and ranks say again what it may have missed. Rolli
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from concertina.state.manifest import Manifest, checkpoint_folder, commit, list_
 from concertina.track.events import EventLog, EventType, read_events
 
 __all__ = ["Book"]
+
+log = logging.getLogger("concertina.coordinator")
 
 
 class Book:
@@ -158,7 +161,9 @@ class Book:
     # -- one handler a message ------------------------------------------------------------------------------------
 
     def _on_committed(self, message: Committed) -> None:
-        if message.step > self._written.get(EventType.STEP, 0):
+        if message.step > self.recorded:
+            if message.step > self.recorded + 1:
+                log.error("nobody said what came of steps %d to %d", self.recorded + 1, message.step - 1)
             self.step = message.step
             self._written[EventType.STEP] = message.step
             self.event(EventType.STEP, message.step, **message.metrics)

@@ -53,7 +53,6 @@ class Change:
     halted_s: float = 0.0
     completed: int = 0
     formed: dict[int, Formed] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
 
 
@@ -146,8 +145,6 @@ class Regrouping:
             case Halted():
                 if message.failure:
                     self._failures[message.member] = message.failure
-                if self._change is not None:
-                    self._change.records += message.records
                 self._do(self.generations.halt(message))
             case Formed():
                 self._hear_formed(message)
@@ -349,8 +346,8 @@ class Regrouping:
 
     def _stand(self, step: int) -> None:
         """All that hold state have said where they stand: it is there, or nowhere. Written down before anything that
-        is done from there."""
-        records = [] if self._change is None else list(self._change.records)
+        is done from there, with what a first rank that is lost did not say."""
+        records = [record for report in self.generations.reports.values() for record in report.records]
 
         def stand() -> None:
             self.book.stand(step, records)
@@ -391,8 +388,6 @@ class Regrouping:
                 log.warning("the state is not complete among who is left: back to step %d", step)
             self.server.recorded = min(step, self.server.recorded)
             self._stand(step)
-            if self._change is not None:
-                self._change.records.clear()  # what is later is void, and will be said anew
         restore = Restore(None if folder is None else str(folder), step)
         self._do(self.generations.restore(restore))
 

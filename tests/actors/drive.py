@@ -127,7 +127,10 @@ class Drive:
                 assert event.step is not None
                 assert event.step not in found, f"step {event.step} twice"
                 found[event.step] = float(event.data["loss"])
-        assert list(found) == list(range(1, len(found) + 1))
+        newest = max(found, default=0)
+        missing = sorted(set(range(1, newest + 1)) - found.keys())
+        assert not missing, f"steps {missing} of {newest} are missing"
+        assert list(found) == list(range(1, newest + 1)), "not in order"
         return found
 
     def states(self) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actors.recorder import Recorder
-from concertina.elastic.messages import Committed
+from concertina.elastic.messages import Committed, Move
 from concertina.state.manifest import partial_folder
 from concertina.track.events import EventType
 from tests.actors.test_regrouping import Scene
@@ -61,14 +61,25 @@ def scene(tmp_path: Path) -> Iterator[Recorded]:
 def test_a_generation_trains_before_all_have_said_that_they_formed_it(scene: Recorded) -> None:
     scene.commits(*range(1, 8))
     scene.lose(1)
-    scene.regrouping._change.records.append({"step": 8, "metrics": {"loss": 4.0}})  # type: ignore[union-attr]
     for member in (0, 2):
-        scene.halted(member, 1, 0, 9)
+        scene.halted(member, 1, 0, 9, untold=2)
     scene.formed(1, 9, 0)
     scene.commits(10, 11)
     scene.formed(1, 9, 2)
     scene.commits(12)
     assert scene.course() == list(range(1, 13))
+
+
+def test_members_that_complain_before_anybody_is_lost_say_what_the_first_rank_did_not(scene: Recorded) -> None:
+    """Of a node that dies their sockets tell first; nothing is waited for after the loss."""
+    scene.commits(*range(1, 8))
+    for member in (1, 2):
+        scene.halted(member, -1, 0, 9, failure="connection reset", untold=2)
+    scene.lose(0)
+    assert set(scene.channel.take(Move)) == {1, 2}
+    scene.formed(1, 9, 1, 2)
+    scene.commits(10)
+    assert scene.course() == list(range(1, 11))
 
 
 def test_a_generation_trains_while_what_was_before_it_is_still_to_be_recorded(scene: Recorded) -> None:
