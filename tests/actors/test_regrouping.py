@@ -85,9 +85,7 @@ class Scene:
     def lose(self, *members: int) -> None:
         self.regrouping.lose([Loss(m, f"node-{m}", Reason.KILLED, "killed") for m in members])
 
-    def halted(
-        self, member: int, answers: int, generation: int, step: int, failure: str = "", untold: int = 1
-    ) -> None:
+    def halted(self, member: int, answers: int, generation: int, step: int, failure: str = "", untold: int = 1) -> None:
         """With what came of the last `untold` steps."""
         records = [{"step": each, "metrics": {"loss": each / 2}} for each in range(step - untold + 1, step + 1)]
         self.regrouping.hear(Halted(member, answers, generation, -1, step, None, [1.0], records, 0, failure))
