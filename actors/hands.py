@@ -34,6 +34,7 @@ from actors.rank import Rank
 from concertina.elastic.losses import Reason
 from concertina.elastic.placement import NodeCapacity
 from concertina.elastic.waits import BOUNDS
+from concertina.model.host_memory import ENVIRONMENT
 
 __all__ = ["Hands", "Member", "nodes_now", "sweep"]
 
@@ -179,8 +180,10 @@ class Hands:
     def _start(self, into: dict[int, Member], node_id: str, **room: Any) -> None:
         number = self.next_member
         self.next_member += 1
+        environment = ENVIRONMENT if self.plan.device == "cpu" else {}
         actor = ray.remote(Rank).options(
             name=self._member(number),
+            runtime_env={"env_vars": environment},
             namespace=self.plan.namespace,
             lifetime="detached",
             max_restarts=0,

@@ -10,7 +10,11 @@ import ctypes
 
 import torch
 
-__all__ = ["keep_freed_memory", "take_ahead"]
+__all__ = ["ENVIRONMENT", "keep_freed_memory", "take_ahead"]
+
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""What glibc reads when such a process starts, if somebody starts it: later it is too late to have one heap alone.
+Threads there are by then have heaps of their own, and new ones share those."""
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
