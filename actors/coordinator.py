@@ -20,6 +20,7 @@ from actors.wishes import Wishes
 from concertina.elastic.states import RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
+from infra.garbage import spare_imports
 
 if TYPE_CHECKING:
     from actors.conductor import Conductor
@@ -101,6 +102,7 @@ class Coordinator:
         _log_to(self.plan.folder)
         from actors.conductor import Conductor  # torch and mlflow take seconds: polls are answered meanwhile
 
+        spare_imports()
         self._conductor = Conductor(self.plan, self.wishes)
         self._conductor.run()
 

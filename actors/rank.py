@@ -24,6 +24,7 @@ from concertina.elastic.channel.client import ChannelClient
 from concertina.elastic.chaos import Deed, Kind
 from concertina.elastic.waits import BOUNDS
 from infra.death_bell import DeathBell, is_supported
+from infra.garbage import spare_imports
 
 __all__ = ["Rank"]
 
@@ -44,6 +45,7 @@ class Rank:
         self._link.progress(plan.resume_step, "waiting for the others")
         torch.set_num_threads(plan.job.cluster.threads_per_worker)
         self._trainer = Trainer(seat, self._link, ray.util.get_node_ip_address())
+        spare_imports()
         self._client.start(self._trainer.hear)
         self._trainer.start()
         self._bell = DeathBell(bell_name(plan.session, seat.member, os.getpid()))
