@@ -74,7 +74,7 @@ def measure(rounds: int) -> list[Turns]:
         server.start()
         processes = [server]
         try:
-            address = ours.recv()
+            address = _heard(ours)
             for rank in range(RANKS):
                 place = (rank, store.port, address, _TOKEN, Path(folder))
                 pipe = ours if rank == 0 else None
@@ -208,7 +208,14 @@ def _server_s(pipe: Any) -> float:
     if pipe is None:
         return 0.0
     pipe.send("?")
-    return float(pipe.recv())
+    return float(_heard(pipe))
+
+
+def _heard(pipe: Any) -> Any:
+    """The next that comes. Raises TimeoutError."""
+    if not pipe.poll(_TIMEOUT.total_seconds()):
+        raise TimeoutError("the coordinator's end of the channel does not answer: did its process end?")
+    return pipe.recv()
 
 
 def _reduces(engine: Any) -> dict[str, list[float]]:
