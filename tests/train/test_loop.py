@@ -167,7 +167,7 @@ def run_in_two(rank: int, store: Any, job: Job, root: Path, world: int, at: int)
     loop.sit(3)
     left = loop.run()
     link.word_at = {}
-    between = (left, engine.applied, sorted(loop.records), loop.saved, loop.evaluated)
+    between = (left, engine.applied, sorted(loop.records), loop.saved, loop.evaluated, engine.share.weights_due)
     loop.sit(5, loop.saved, loop.evaluated)
     return link.sent, [between, loop.run()]
 
@@ -179,8 +179,9 @@ def test_a_world_that_regroups_goes_on_where_it_was(
     """After any step, also one that is validated and saved. Of the last step nobody knows that all have applied it:
     it is in every rank's records."""
     ranks = run_distributed(run_in_two, 2, tiny_job(), tmp_path, 2, at)
-    for rank, (_, ((left, applied, records, saved, evaluated), finished)) in enumerate(ranks):
+    for rank, (_, ((left, applied, records, saved, evaluated, held_back), finished)) in enumerate(ranks):
         assert (left, applied) == (None, at)
+        assert held_back is (at != 10), "weights that nobody will read do not go round; a validation reads them"
         assert records == list(range(1, at + 1)), "nobody has said that anything is written down"
         assert (saved, evaluated) == ((10, 10) if at == 10 else (5, 0))
         assert finished == Finished(rank, 20, "done", generation=5)

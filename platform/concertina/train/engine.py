@@ -99,9 +99,14 @@ class Engine:
         its state. What is under way in the one before is over: `settle` or `Share.abandon` has been called."""
         assert share is None or share.filled, "state is moved in before a share is adopted"
         self._share, self._gradients = share, None
-        if share is not None and share.weights_due and publish:
-            share.weights_due = False
-            share.optimizer.publish()
+        if share is not None and publish:
+            self._send_weights_due()
+
+    def _send_weights_due(self) -> None:
+        """Weights go round that were held back. Collective over the world if they were: of all ranks or of none."""
+        if self.share.weights_due:
+            self.share.weights_due = False
+            self.optimizer.publish()
 
     def configure(self, layout: Layout, rank: int, groups: Groups) -> None:
         """Begin on a layout without second owners, with the start values of training. No collective."""
@@ -211,14 +216,17 @@ class Engine:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def train_step(self, step: int, word: int = 0) -> StepResult:
+    def train_step(self, step: int, word: int = 0, parting: int = 0) -> StepResult:
         """Compute and apply step `step` (from 1). Every rank of the world calls it; `word` counts on rank 0 only.
+        After one with a bit of `parting`, the same on every rank, new weights do not go round: nobody reads them where
+        the state moves to another share next.
 
         Raises LayoutError for a layout that can be built and not trained yet. When a peer is lost it raises what the
         backend does; then `pending` says whether `complete` can still finish the step, `applied` whether it is done.
         """
         check_trainable(self.layout)
         self._gradients = None
+        self._send_weights_due()
         sums = self._forward_backward(step)
         shards = self.reducer.finish()
         seconds = self.share.seconds
@@ -230,7 +238,9 @@ class Engine:
         self._gradients = step, shards
         result = self.complete(self._agree(torch.cat([head, votes, sums[5:]])))
         if result.anomaly is None:
-            self.optimizer.publish()
+            self.share.weights_due = True
+            if not result.word & parting:
+                self._send_weights_due()
         return result
 
     def _agree(self, vector: Tensor) -> list[float]:
@@ -408,7 +418,8 @@ class Engine:
         self.optimizer.updates = int(manifest.facts["updates"])
         self.void()
         self.fill_seconds()
-        self.optimizer.publish()
+        self.share.weights_due = True
+        self._send_weights_due()
 
 
 def _as_vector(output: ModelOutput) -> Tensor:

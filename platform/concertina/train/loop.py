@@ -152,8 +152,9 @@ class Loop:
         waited_s, exchanged_s = groups.waited_s, seconds.waited_s
         self.sheet.begin_step()
         self.mark = self.sheet.mark()
+        parting = 0 if self._is_validated(step) else REGROUP
         try:
-            result = self.engine.train_step(step, self.link.word() if self.first else 0)
+            result = self.engine.train_step(step, self.link.word() if self.first else 0, parting)
         except Exception:
             if self.engine.applied == step:  # applied, and the weights did not go round
                 self.note(self.engine.last_result)
