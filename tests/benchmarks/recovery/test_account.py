@@ -53,6 +53,14 @@ def test_what_the_record_puts_too_low_is_lost_as_well() -> None:
     assert join["until_used_s"] is None
 
 
+def test_a_loss_right_after_the_join_is_another_matter() -> None:
+    lines = WORLDS + steps(4, range(21, 34), 9.5, 0.5) + steps(3, range(34, 50), 20.0, 0.4)
+    join = join_of(lines, record("join", 3, 4, step=20), since_s=2.5)
+    assert join["recovered"]
+    assert join["standstill_s"] == pytest.approx(9.5 - 8.6 - 0.5)
+    assert join["until_used_s"] == pytest.approx(9.5 - 2.5)
+
+
 def test_a_join_without_a_record_or_steps_has_not_recovered() -> None:
     missed = {"kind": "join", "recovered": False}
     whole = WORLDS + steps(4, range(21, 34), 9.5, 0.5)
