@@ -20,7 +20,10 @@ from concertina.errors import UserError
 
 __all__ = ["main", "rows_of"]
 
-GOALS_S = {"process killed": 0.4, "node killed": 0.7, "process frozen": 2.4, "join": 0.3}
+GOALS_S = {"process killed": 0.4, "node killed": 0.7, "process frozen": None, "node frozen": 2.4, "join": 0.3}
+"""A frozen process has none: its node's agent tells of it early. Of a frozen node the silence tells, after 2 s."""
+OWN = {"detected_s": "until detected", "halt_s": "halt", "prepare_s": "prepare", "move_s": "move"}
+COMERS = {"process": "a process replaced, until used", "node": "a node arrived, until used"}
 RATIOS = {"process killed": 30.0, "node killed": 100.0, "join": 30.0}
 TORCHFT_RATIO = 2.5
 WHY = "see docs/log.md"
@@ -35,8 +38,9 @@ def _run(program: str, *words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def _stalls(document: dict[str, Any], kind: str, name: str = "stall_s") -> list[float]:
-    return [s[name] for s in document["samples"] if s["kind"] == kind and s["recovered"]]
+def _values(document: dict[str, Any], kind: str, name: str) -> list[float]:
+    """Of the samples that have it; one that did not recover has nothing to say."""
+    return [s[name] for s in document["samples"] if s["kind"] == kind and s["recovered"] and s.get(name) is not None]
 
 
 def _tail(values: list[float]) -> float:
@@ -45,27 +49,69 @@ def _tail(values: list[float]) -> float:
 
 
 def rows_of(own: dict[str, Any], ray: dict[str, Any] | None, torchft: dict[str, Any] | None) -> list[Row]:
-    """The stalls of every kind with their goals, what was lost, and the ratios to the others."""
+    """The stalls of every kind with their goals, what was lost, what it took, and the ratios to the others."""
     rows: list[Row] = []
     for kind, goal in GOALS_S.items():
-        stalls = _stalls(own, kind)
-        if not stalls:
-            continue
-        rows.append(Row.of(f"{kind}, stall", "s", stalls, goal, at_most=True, reason=WHY))
-        rows.append(Row(f"{kind}, stall, p99", _tail(stalls), "s"))
-    samples = own["samples"]
-    rows.append(Row("events survived", sum(s["recovered"] for s in samples) / len(samples), "share", 1.0, reason=WHY))
+        stalls = _values(own, kind, "stall_s")
+        if stalls:
+            rows.append(Row.of(f"{kind}, stall", "s", stalls, goal, at_most=goal is not None, reason=WHY))
+            rows.append(Row(f"{kind}, stall, p99", _tail(stalls), "s"))
+    rows += [*_kept_rows(own["samples"]), *_cold_rows(own), *_own_rows(own)]
+    peers = ((ray, "Ray Train", RATIOS), (torchft, "torchft", {"process killed": TORCHFT_RATIO}))
+    for other, name, goals in peers:
+        rows += _peer_rows(own, other or {"samples": []}, name, goals)
+    return rows
+
+
+def _kept_rows(samples: list[dict[str, Any]]) -> list[Row]:
+    """Events, survivors, steps: what came through, and what did not."""
+    rows = [Row("events survived", sum(s["recovered"] for s in samples) / len(samples), "share", 1.0, reason=WHY)]
+    faults = [s for s in samples if s.get("survivors")]
+    if faults:
+        kept = sum(s["survivors_kept"] for s in faults) / sum(s["survivors"] for s in faults)
+        shares = tuple(s["survivors_kept"] / s["survivors"] for s in faults)
+        rows.append(Row("survivors kept, same process and engine", kept, "share", 1.0, shares, reason=WHY))
     for name in ("steps_lost", "steps_again"):
-        counts = [float(s[name]) for s in samples if s["recovered"]]
-        rows.append(Row(name.replace("_", " "), max(counts), "steps", 0.0, tuple(counts), at_most=True, reason=WHY))
-    for other, name, goals in ((ray, "Ray Train", RATIOS), (torchft, "torchft", {"process killed": TORCHFT_RATIO})):
-        for kind, goal in goals.items():
-            measure = "standstill_s" if kind == "join" else "stall_s"
-            ours, theirs = _stalls(own, kind, measure), _stalls(other or {"samples": []}, kind, measure)
-            if ours and theirs:
-                rows.append(Row.of(f"{name}, {kind}, stall", "s", theirs))
-                ratio = rows[-1].value / max(1e-3, Row.of("", "s", ours).value)
-                rows.append(Row(f"{name} / Concertina, {kind}", ratio, "x", goal, reason=WHY))
+        counts = tuple(float(s[name]) for s in samples if s["recovered"])
+        if counts:
+            rows.append(Row(name.replace("_", " "), max(counts), "steps", 0.0, counts, at_most=True, reason=WHY))
+    return rows
+
+
+def _cold_rows(own: dict[str, Any]) -> list[Row]:
+    """From the loss of the one before it, or from the node's arrival, to the first step with the newcomer."""
+    rows = []
+    for whose, name in COMERS.items():
+        those = [s for s in own["samples"] if s.get("of") == whose]
+        seconds = _values({"samples": those}, "join", "until_used_s")
+        if seconds:
+            rows.append(Row.of(name, "s", seconds))
+    return rows
+
+
+def _own_rows(own: dict[str, Any]) -> list[Row]:
+    """The coordinator's own record of each kind."""
+    rows = []
+    for kind in GOALS_S:
+        for name, what in OWN.items():
+            seconds = _values(own, kind, name)
+            if seconds and not (kind == "join" and name == "detected_s"):
+                rows.append(Row.of(f"{kind}, {what}", "s", seconds))
+        moved = [size / 1e6 for size in _values(own, kind, "bytes_moved")]
+        if moved:
+            rows.append(Row.of(f"{kind}, state moved between members", "MB", moved))
+    return rows
+
+
+def _peer_rows(own: dict[str, Any], peer: dict[str, Any], name: str, goals: dict[str, float]) -> list[Row]:
+    rows = []
+    for kind, goal in goals.items():
+        measure = "standstill_s" if kind == "join" else "stall_s"
+        ours, theirs = _values(own, kind, measure), _values(peer, kind, measure)
+        if ours and theirs:
+            rows.append(Row.of(f"{name}, {kind}, stall", "s", theirs))
+            ratio = rows[-1].value / max(1e-3, Row.of("", "s", ours).value)
+            rows.append(Row(f"{name} / Concertina, {kind}", ratio, "x", goal, reason=WHY))
     return rows
 
 

@@ -1,5 +1,5 @@
 """python -m benchmarks.recovery.concertina --events 20: how long does Concertina stand still when a process is killed,
-when a node goes, when one freezes, and when one comes?
+when a node goes, when either freezes, and when one comes?
 
 `concertina train` on a cluster of our own: a head without CPUs and four nodes of one. Each event is followed by the
 return of a full world, whose first step is a join's.
@@ -16,27 +16,30 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from benchmarks.recovery import faults
+from benchmarks.recovery.account import JOIN, Seated, join_of, join_record, kept_of, own_of
 from benchmarks.recovery.model import SUBJECT, job_of_subject
 from benchmarks.recovery.ray_train import MOST, ROOT, Nodes, Settings, set_environment
+from benchmarks.recovery.roster import Roster
 from benchmarks.recovery.stall import Line
 from benchmarks.recovery.watch import Watch, document_of, own_all
 from concertina.errors import UserError
 from concertina.track.events import EventType, read_events
+from concertina.track.recovery import MemberWhat
 from concertina.track.run import RunFolder
 from infra.processes import end_descendants
 
 __all__ = ["main", "measure"]
 
 LAYOUTS = {"data-parallel": {}, "folded": {"ep": 2}}
-KINDS = ("process killed", "node killed", "process frozen")
+KINDS = ("process killed", "node killed", "process frozen", "node frozen")
+NODE_KINDS = ("node killed", "node frozen")
 
 
 class Run:
@@ -95,15 +98,13 @@ class Run:
         assert folder is not None
         return [dict(e.data) for e in read_events(folder.events_file) if e.type == EventType.RECOVERY]
 
-    def pids(self) -> dict[int, str]:
-        """The members' processes, and the node of each."""
+    def lost_s(self, member: int) -> float | None:
+        """When the coordinator gave it up, on the monotonic clock."""
         folder = self.folder
         assert folder is not None
-        journal = json.loads(folder.journal_file.read_text())
-        alive = {int(m): pid for m, pid in journal["pids"].items() if psutil.pid_exists(pid)}
-        newest = max(journal["seatings"], key=int)
-        seated = journal["seatings"][newest]["members"]
-        return {alive[member]: journal["nodes"][str(member)] for member in seated if member in alive}
+        news = [event for event in read_events(folder.events_file) if event.type == EventType.MEMBER]
+        lost = [e for e in news if e.data["member"] == member and e.data["what"] == MemberWhat.LOST]
+        return lost[-1].ts_ns / 1e9 - self._clocks_s if lost else None
 
     def check(self) -> None:
         """Raises UserError when the driver has ended."""
@@ -132,8 +133,12 @@ class EventWatch(Watch):
 
 
 def measure(events: int, kinds: Sequence[str], layout: str, bound_s: float, keep: Path | None) -> dict[str, Any]:
-    """Samples of every kind, and what the coordinator said."""
+    """Samples of every kind, what the coordinator said, and why there are no more events; None when all were made.
+
+    Raises UserError when the run does not begin: then there is nothing to break.
+    """
     samples: list[dict[str, Any]] = []
+    broken_off = None
     with tempfile.TemporaryDirectory(prefix="recovery-own-") as name:
         folder = keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,60 +148,65 @@ def measure(events: int, kinds: Sequence[str], layout: str, bound_s: float, keep
             run = Run(folder, nodes.address, LAYOUTS[layout])
             watch = EventWatch(run, bound_s)
             watch.settle(MOST)
-            for number in range(events):
-                for kind in kinds:
-                    samples += _event(run, watch, nodes, kind, number)
+            assert run.folder is not None
+            roster = Roster(run.folder, nodes.address)
+            for number, kind in product(range(events), kinds):
+                found = _event(run, watch, nodes, roster, kind, number)
+                samples += found
+                broken_off = next((sample["error"] for sample in found if "error" in sample), None)
+                if broken_off is not None:
+                    break  # the next one would hit a world that is not whole
             said = run.recoveries()
+            roster.leave()
             run.stop()
             nodes.shutdown()
         finally:
             end_descendants(timedelta(seconds=10))
-    return {"samples": samples, "recoveries": said}
+    return {"samples": samples, "recoveries": said, "broken_off": broken_off}
 
 
-def _event(run: Run, watch: EventWatch, nodes: Nodes, kind: str, number: int) -> list[dict[str, Any]]:
-    """One fault, and the join that makes the world whole again."""
+def _event(run: Run, watch: EventWatch, nodes: Nodes, roster: Roster, kind: str, number: int) -> list[dict[str, Any]]:
+    """One fault, and the join that makes the world whole again: two samples, whatever happens."""
     watch.pause()
-    pids = run.pids()
-    victim = sorted(pids)[number % len(pids)]
-    if kind == "node killed":
-        sample = watch.outage(nodes.kill_id(pids[victim]))
-        watch.settle(MOST - 1)
-        arrival = nodes.add()
-        before = len(run.recoveries())
-    else:
-        before = len(run.recoveries()) + 1
-        hit = faults.kill_process(victim) if kind == "process killed" else faults.freeze_process(victim)
-        sample = watch.outage(hit)
-        arrival = None
-    watch.settle(MOST)
-    joined = next((said for said in run.recoveries()[before:] if said["cause"]["reason"] == "join"), None)
-    samples = [sample]
-    if joined is not None:
-        samples.append(_join(run, joined, arrival))
-    return samples
+    before, old = roster.seated(), len(run.recoveries())
+    victim = before[number % len(before)]
+    of_node = kind in NODE_KINDS
+    hit = {one.member for one in before if one == victim or (of_node and one.node == victim.node)}
+    outage: dict[str, Any] = {"kind": kind, "recovered": False} | kept_of(before, [], hit)
+    join: dict[str, Any] = {"kind": JOIN, "recovered": False}
+    whose = {"of": "node" if of_node else "process"}
+    try:
+        outage |= watch.outage(_strike(nodes, kind, victim))
+        since_s = _bring_node(watch, nodes, kind, victim) if of_node else run.lost_s(victim.member)
+        watch.settle(MOST)
+        records = run.recoveries()[old:]
+        outage |= own_of([said for said in records if said["cause"]["reason"] != JOIN])
+        outage |= kept_of(before, roster.seated(), hit)
+        joined = join_record(records, MOST)
+        join = join_of(run.lines(), joined, since_s) | own_of([] if joined is None else [joined])
+    except UserError as error:
+        join["error"] = str(error)
+    return [outage, join | whose]
 
 
-def _join(run: Run, said: dict[str, Any], arrival: faults.Fault | None) -> dict[str, Any]:
-    """How long those who trained stood still for one that came: between the last step without it and the first with."""
-    lines = run.lines()
-    first = next(line for line in lines if line.step == said["step"] + 1)
-    last = next(line for line in lines if line.step == said["step"])
-    after = [line.at_s for line in lines if line.step > said["step"]][:11]
-    steps = sorted(later - earlier for earlier, later in pairwise(after))
-    normal_s = steps[len(steps) // 2]
-    return {
-        "kind": "join",
-        "recovered": True,
-        "stall_s": first.at_s - last.at_s - normal_s,
-        "standstill_s": first.at_s - last.at_s - normal_s,
-        "normal_step_s": normal_s,
-        "until_used_s": None if arrival is None else first.at_s - arrival.at_s,
-        "steps_lost": 0,
-        "steps_again": 0,
-        "world_before": said["world_before"],
-        "world_after": said["world_after"],
-    }
+def _strike(nodes: Nodes, kind: str, victim: Seated) -> faults.Fault:
+    match kind:
+        case "process killed":
+            return faults.kill_process(victim.pid)
+        case "process frozen":
+            return faults.freeze_process(victim.pid)
+        case "node killed":
+            return nodes.kill_id(victim.node)
+    return nodes.freeze_id(victim.node)
+
+
+def _bring_node(watch: EventWatch, nodes: Nodes, kind: str, victim: Seated) -> float:
+    """Once the run is at ease without its victim, another node; when it was there. A frozen one goes first: one that
+    woke up again would be another question, and its processes would never end."""
+    if kind == "node frozen":
+        nodes.kill_id(victim.node)
+    watch.settle(MOST - 1)
+    return nodes.add().at_s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,9 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     trainer = {"ray": version("ray"), "layout": options.layout, "sequences": SUBJECT.sequences}
-    print(
-        json.dumps(document_of("Concertina", trainer, found["samples"]) | {"recoveries": found["recoveries"]}, indent=1)
-    )
+    if found["broken_off"]:
+        print(f"broken off: {found['broken_off']}", file=sys.stderr)
+    more = {name: found[name] for name in ("recoveries", "broken_off")}
+    print(json.dumps(document_of("Concertina", trainer, found["samples"]) | more, indent=1))
     return 0
 
 

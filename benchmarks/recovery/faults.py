@@ -15,7 +15,19 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Fault", "add_node", "freeze_process", "kill_node", "kill_process", "kill_processes", "thaw_process"]
+__all__ = [
+    "Fault",
+    "add_node",
+    "freeze_node",
+    "freeze_process",
+    "kill_node",
+    "kill_process",
+    "kill_processes",
+    "thaw_process",
+]
+
+# Why not by `actors/injector.py`? It has a node's agent strike, and peers have no agent: all are hit by the same hand.
+# Nor can an agent freeze its whole node: it would stand still with its own signal, in the middle of them.
 
 
 @dataclass(frozen=True)
@@ -36,10 +48,14 @@ def kill_process(pid: int) -> Fault:
 
 def kill_processes(pids: Iterable[int], kind: str) -> Fault:
     """kill -9 to all of them, in this order, as fast as one can; those that went meanwhile are fine."""
+    return _strike(pids, signal.SIGKILL, kind)
+
+
+def _strike(pids: Iterable[int], number: signal.Signals, kind: str) -> Fault:
     at_s, hit = time.monotonic(), []
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
             hit.append(pid)
     return Fault(kind, at_s, tuple(hit))
 
@@ -62,11 +78,21 @@ def kill_node(cluster: Any, node: Any) -> Fault:
 
     The raylet's workers get their signal with it: left to Ray, they would end a little later than their machine.
     """
-    roots = [psutil.Process(process.pid) for _, process in node.live_processes()]
-    below = [child for root in roots for child in root.children(recursive=True)]
-    fault = kill_processes([process.pid for process in [*roots, *below]], "node killed")
+    fault = kill_processes(_processes_of(node), "node killed")
     cluster.remove_node(node, allow_graceful=False)  # reaps what is dead
     return fault
+
+
+def freeze_node(node: Any) -> Fault:
+    """All of a node stands still, as a machine does that hangs: connections stay, and nobody on it speaks, or looks at
+    anybody. `kill_node` must follow; it ends stopped processes as well."""
+    return _strike(_processes_of(node), signal.SIGSTOP, "node frozen")
+
+
+def _processes_of(node: Any) -> list[int]:
+    """What Ray has started for it, and everything below that."""
+    roots = [psutil.Process(process.pid) for _, process in node.live_processes()]
+    return [process.pid for process in [*roots, *(child for root in roots for child in root.children(recursive=True))]]
 
 
 def add_node(add: Callable[[], Any]) -> tuple[Fault, Any]:

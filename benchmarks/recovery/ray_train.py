@@ -92,8 +92,15 @@ class Nodes:
         return faults.kill_node(self._cluster, self._nodes.pop(index))
 
     def kill_id(self, node_id: str) -> faults.Fault:
-        """By the id that Ray knows it by."""
-        return self.kill(next(index for index, node in enumerate(self._nodes) if node.node_id == node_id))
+        """By the id that Ray knows it by; a frozen one as well."""
+        return self.kill(self._index(node_id))
+
+    def freeze_id(self, node_id: str) -> faults.Fault:
+        """It stays one of the nodes until it is killed."""
+        return faults.freeze_node(self._nodes[self._index(node_id)])
+
+    def _index(self, node_id: str) -> int:
+        return next(index for index, node in enumerate(self._nodes) if node.node_id == node_id)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
