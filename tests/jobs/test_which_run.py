@@ -214,8 +214,8 @@ def test_done_is_told_with_the_summary_and_is_no_error(
 
 # -- on a cluster of its own that dies ---------------------------------------------------------------------------------
 
-STEPS, EVERY = 1000, 400
-CHANGES = (f"training.steps={STEPS}", "training.eval_every_steps=500", f"checkpoint.every_steps={EVERY}")
+STEPS, EVERY = 400, 200
+CHANGES = (f"training.steps={STEPS}", "training.eval_every_steps=200", f"checkpoint.every_steps={EVERY}")
 WORDS = ("--run", NAME, *(word for change in CHANGES for word in ("--set", change)))
 
 
