@@ -72,7 +72,7 @@ class Conductor:
         if not self.restarted:
             discard_after(plan.checkpoints, plan.resume_step)
             folder.write_job(plan.job)  # a resume may change it, once it is sure that there is one
-            self._record_start()
+            self._record_start(first=not past.session)
         self.book = Book(self.events, plan.checkpoints, plan.job.checkpoint.keep)
         self.journal.write()
         self._news: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -92,9 +92,10 @@ class Conductor:
         self._short_since: float | None = None
         self._said, self._said_s = "", 0.0
 
-    def _record_start(self) -> None:
+    def _record_start(self, first: bool) -> None:
+        """A run that goes on without a checkpoint begins again: what it did before is void."""
         plan = self.plan
-        resumed = plan.resume_step if plan.resume_from is not None else None
+        resumed = None if first and plan.resume_from is None else plan.resume_step
         data = {"world": plan.layout.world, "layout": plan.layout.degrees, "resumed_from_step": resumed}
         self.events.append(EventType.START, {**data, "session": plan.session}, generation=plan.generation)
 

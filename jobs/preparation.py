@@ -18,7 +18,11 @@ from concertina.track.run import DataFacts, RunFolder, create_run
 from concertina.track.status import refuse_living
 from concertina.track.summary import summarize
 
-__all__ = ["Prepared", "forget", "prepare_new", "prepare_resume"]
+__all__ = ["NothingLeft", "Prepared", "forget", "prepare_new", "prepare_resume"]
+
+
+class NothingLeft(UserError):
+    """The run has done all its steps."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,18 @@ class Prepared:
     generation: int = 0
 
 
-def prepare_new(job: Job, layout: Layout) -> Prepared:
-    """Make a run's folder. Raises UserError for what this engine cannot do, DataError for the corpus."""
+def prepare_new(job: Job, layout: Layout, run_id: str | None = None) -> Prepared:
+    """Make a run's folder. Raises UserError for what this engine cannot do, or for an id that is taken, DataError for
+    the corpus."""
     _refuse_unsupported(job, layout)
     corpus, facts = _prepare_data(job)
-    return Prepared(job, layout, create_run(Path(job.storage_path), job, facts), corpus)
+    return Prepared(job, layout, create_run(Path(job.storage_path), job, facts, run_id), corpus)
 
 
-def prepare_resume(folder: RunFolder, job: Job, layout: Layout) -> Prepared:
-    """Continue a run from its newest sound checkpoint. Raises UserError when it is running now,
-    NotFoundError, CheckpointError or DataError."""
+def prepare_resume(folder: RunFolder, job: Job, layout: Layout, *, or_begin: bool = False) -> Prepared:
+    """Continue a run from its newest sound checkpoint; with `or_begin` one that has none from its beginning, but not
+    one whose checkpoints are all damaged, which a person shall see. Raises UserError when it is running now,
+    NothingLeft, NotFoundError, CheckpointError or DataError."""
     from concertina.state.manifest import list_checkpoints, read_manifest
 
     refuse_living(folder)
@@ -55,18 +61,23 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout) -> Prepared:
             f"run {folder.run_id} was trained on corpus {before.fingerprint}, now it is {facts.fingerprint}: "
             "its files have changed; restore them, or start a new run"
         )
+    generation = summarize(folder).shape.generation + 1
     checkpoints = list_checkpoints(folder.checkpoints)
+    if not checkpoints and or_begin:
+        return Prepared(job, layout, folder, corpus, generation=generation)
     if not checkpoints:
-        raise NotFoundError(f"run {folder.run_id} has no checkpoint to resume from: start a new run")
+        raise NotFoundError(
+            f"run {folder.run_id} has no checkpoint to resume from: start a new run, or begin this one again with "
+            f"--run {folder.run_id}"
+        )
     chosen = _newest_sound(checkpoints)
     step = read_manifest(chosen).step
     if step >= job.training.steps:
-        raise UserError(
+        raise NothingLeft(
             f"run {folder.run_id} stands at step {step} of {job.training.steps}: nothing is left to do; "
             f"give it more with --set training.steps={step * 2}"
         )
     _refuse_another_model(chosen, job)
-    generation = summarize(folder).shape.generation + 1
     return Prepared(job, layout, folder, corpus, chosen, step, generation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from jobs.output import Output, OutputOption, next_commands, print_json
 
 if TYPE_CHECKING:
     from jobs.preparation import Prepared
-    from jobs.session import Place
+    from jobs.progress import Progress
 
 __all__ = ["print_summary", "train"]
 
@@ -24,6 +25,10 @@ def train(
     ] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue this run (an id, a beginning of one, or latest).")
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The run of this name: new the first time, then resumed; done: nothing."),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, host:port. Absent: RAY_ADDRESS, else a local one.")
@@ -44,21 +49,25 @@ def train(
     \b
     Example:
       concertina train jobs/quickstart.yaml --set training.steps=50
+      concertina train jobs/quickstart.yaml --run mine --set training.steps=50
       concertina train --resume latest --set training.steps=1000
     """
     from concertina.elastic.chaos import parse
     from jobs.progress import Progress
     from jobs.session import run_session
+    from jobs.which_run import Done, Wanted, find
 
     injections = [parse(line) for line in chaos or []]
-    prepared, place = _prepare(job, list(overrides or []), resume, address, storage)
-    progress = Progress(prepared.folder.events_file, prepared.job, prepared.layout.world)
-    if prepared.resume_from is not None:
-        progress.offset = prepared.folder.events_file.stat().st_size
-        progress.say(f"resuming run {prepared.folder.run_id} after step {prepared.resume_step}")
-    else:
-        progress.say(f"run {prepared.folder.run_id} in {prepared.folder.path}")
-    code, reason = run_session(prepared, place, progress, injections)
+    with ExitStack() as held:
+        found = find(Wanted(job, list(overrides or []), resume, run, address, storage), held)
+        if isinstance(found, Done):
+            sys.stderr.write(f"{found.text}\n")
+            print_summary(found.folder, "", output)
+            return
+        prepared, place = found
+        progress = Progress(prepared.folder.events_file, prepared.job, prepared.layout.world)
+        _say_what_begins(prepared, progress)
+        code, reason = run_session(prepared, place, progress, injections)
     if code not in (0, 103):
         _root_cause(prepared.folder)
     if injections and output is Output.TEXT:
@@ -68,28 +77,17 @@ def train(
         sys.exit(code)
 
 
-def _prepare(
-    job: str | None, overrides: list[str], resume: str | None, address: str | None, storage: str | None
-) -> tuple[Prepared, Place]:
-    """A new run or one to continue, and where it is to be. Starts nothing."""
-    from concertina.errors import ConfigError
-    from jobs.opening import open_job
-    from jobs.preparation import prepare_new, prepare_resume
-    from jobs.session import find_place
-
-    more = overrides if storage is None else [*overrides, f"storage_path={storage}"]
-    if resume is not None:
-        from concertina.track.run import open_run
-
-        folder = open_run(Path(storage or "runs"), resume)
-        opened = open_job(job or str(folder.job_file), more)
-        place = find_place(opened.job, address)
-        return prepare_resume(folder, opened.job, opened.layout), place
-    if job is None:
-        raise ConfigError("which job? Give a job file: concertina train jobs/quickstart.yaml")
-    opened = open_job(job, more)
-    place = find_place(opened.job, address)
-    return prepare_new(opened.job, opened.layout), place
+def _say_what_begins(prepared: Prepared, progress: Progress) -> None:
+    """And what earlier sessions wrote is not told again."""
+    folder = prepared.folder
+    if folder.events_file.exists():
+        progress.offset = folder.events_file.stat().st_size
+    if prepared.resume_from is not None:
+        progress.say(f"resuming run {folder.run_id} after step {prepared.resume_step}")
+    elif progress.offset:
+        progress.say(f"resuming run {folder.run_id} from the beginning: it has no checkpoint yet")
+    else:
+        progress.say(f"run {folder.run_id} in {folder.path}")
 
 
 def _root_cause(folder: Any) -> None:

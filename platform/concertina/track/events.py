@@ -37,8 +37,8 @@ class EventType(StrEnum):
     """The types we write, and the `data` each carries. Others may appear; readers let them pass."""
 
     START = "start"
-    """A session of the run begins: world, layout, resumed_from_step (None in the first session). Steps after
-    resumed_from_step are void from here on: they are done again."""
+    """A session of the run begins: world, layout, resumed_from_step (None in the first session, 0 when there
+    was no checkpoint yet). Steps after resumed_from_step are void from here on: they are done again."""
     GENERATION = "generation"
     """A new membership: world, layout, reason."""
     STATE = "state"

@@ -3,7 +3,8 @@
     <storage>/<run id>/  job.yaml  versions.json  data.json  events.jsonl  checkpoints/  logs/  journal.json
     <storage>/mlflow.db  <storage>/data/<fingerprint>/
 
-A folder with a job.yaml is a run. Imports neither torch, ray nor mlflow.
+A folder with a job.yaml is a run; one whose name begins with a dot is being made.
+Imports neither torch, ray nor mlflow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import secrets
+import shutil
 import string
 import time
 from dataclasses import dataclass
@@ -21,14 +24,26 @@ from typing import Any
 import yaml
 
 from concertina.config import Job, dump_job, load_job
-from concertina.errors import ConcertinaError, NotFoundError
+from concertina.errors import ConcertinaError, NotFoundError, UserError
 from concertina.track.versions import versions
 
-__all__ = ["DataFacts", "RunFolder", "create_run", "list_runs", "open_run", "write_atomically"]
+__all__ = [
+    "DataFacts",
+    "RunFolder",
+    "check_run_id",
+    "create_run",
+    "find_run",
+    "list_runs",
+    "open_run",
+    "write_atomically",
+]
 
 LATEST = "latest"
 _ALPHABET = string.ascii_lowercase + string.digits
 _SUFFIX_CHARS = 8
+_RUN_ID = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
+_RESERVED = (LATEST, "data", "mlflow.db")
+"""What means, or is, something else in a folder of runs."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,11 @@ class RunFolder:
     def owner_lock(self) -> Path:
         """Held by the writer of the events, for as long as it lives."""
         return self.events_file.with_suffix(".lock")
+
+    @property
+    def driver_lock(self) -> Path:
+        """Held by the command that runs this run, also before there are events."""
+        return self.path / "driver.lock"
 
     @property
     def journal_file(self) -> Path:
@@ -126,15 +146,28 @@ class RunFolder:
         write_atomically(self.job_file, dump_job(job))
 
 
-def create_run(storage: Path, job: Job, data: DataFacts | None = None) -> RunFolder:
-    """A new run's folder with the resolved job, the versions and, if given, the corpus.
+def check_run_id(run_id: str) -> None:
+    """Raises UserError for an id that a person may not give."""
+    if _RUN_ID.fullmatch(run_id) is None:
+        raise UserError(
+            f"{run_id!r} is no name for a run: 1 to 63 of a-z, 0-9, '.', '_' and '-', a letter or digit first and last"
+        )
+    if run_id in _RESERVED:
+        raise UserError(f"{run_id!r} means something else in a folder of runs: choose another name")
 
-    The folder appears complete or not at all. Raises ConcertinaError when `storage` cannot be written.
+
+def create_run(storage: Path, job: Job, data: DataFacts | None = None, run_id: str | None = None) -> RunFolder:
+    """A new run's folder with the resolved job, the versions and, if given, the corpus. Without `run_id` its id is the
+    job's name and eight random characters.
+
+    The folder appears complete or not at all. Raises ConcertinaError when `storage` cannot be written, UserError when
+    there is something called `run_id` already.
     """
     storage = storage.resolve()
     try:
         storage.mkdir(parents=True, exist_ok=True)
-        folder = _reserve(storage, job.name)
+        # Another process may want the very same id: it is taken when all is there, by a rename.
+        folder = _reserve(storage, job.name if run_id is None else f".{run_id}")
         for part in (folder.checkpoints, folder.logs):
             part.mkdir()
         facts = {"created_ns": time.time_ns(), **versions()}
@@ -143,21 +176,28 @@ def create_run(storage: Path, job: Job, data: DataFacts | None = None) -> RunFol
             folder.record_data(data)
         # Last: job.yaml is what makes the folder a run.
         folder.write_job(job)
+        return folder if run_id is None else _take_id(folder, run_id)
     except OSError as error:
         raise ConcertinaError(
             f"cannot make a run under {storage}: {error.strerror or error}; set storage_path to a folder "
             "you can write to",
             storage=str(storage),
         ) from error
-    return folder
 
 
 def list_runs(storage: Path) -> list[RunFolder]:
     """All runs under `storage`, newest first; empty when there is no such folder."""
     if not storage.is_dir():
         return []
-    runs = [RunFolder(path.resolve()) for path in storage.iterdir() if (path / "job.yaml").is_file()]
+    shown = [path for path in storage.iterdir() if not path.name.startswith(".")]
+    runs = [RunFolder(path.resolve()) for path in shown if (path / "job.yaml").is_file()]
     return sorted(runs, key=_created_ns, reverse=True)
+
+
+def find_run(storage: Path, run_id: str) -> RunFolder | None:
+    """The run with exactly this id, or None."""
+    folder = RunFolder(storage.resolve() / run_id)
+    return folder if folder.job_file.is_file() else None
 
 
 def open_run(storage: Path, name: str) -> RunFolder:
@@ -200,6 +240,20 @@ def _reserve(storage: Path, name: str) -> RunFolder:
         except FileExistsError:
             continue
         return RunFolder(storage / f"{name}-{suffix}")
+
+
+def _take_id(draft: RunFolder, run_id: str) -> RunFolder:
+    """The draft becomes the run of this id, or is gone."""
+    wanted = RunFolder(draft.storage / run_id)
+    try:
+        draft.path.rename(wanted.path)
+    except OSError as error:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        if not wanted.path.exists():
+            raise
+        what = "and is no run" if find_run(draft.storage, run_id) is None else "since a moment ago"
+        raise UserError(f"{wanted.path} is there already, {what}: choose another name for this run") from error
+    return wanted
 
 
 def _created_ns(run: RunFolder) -> tuple[int, str]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-from concertina.errors import UserError
+from concertina.errors import NotFoundError, UserError
 from concertina.track.events import Event, EventLog, EventType, read_events
-from concertina.track.owner import Busy, probe
+from concertina.track.owner import Busy, OwnerLock, probe
 from concertina.track.run import RunFolder
 from concertina.track.summary import RunStatus, RunSummary, summarize
 
-__all__ = ["RESTART_GRACE", "SILENCE", "close_if_lost", "lost_reason", "refuse_living"]
+__all__ = ["RESTART_GRACE", "SILENCE", "claim", "close_if_lost", "lost_reason", "refuse_living"]
 
 RESTART_GRACE = timedelta(seconds=60)
 """With proof that the writer is gone: so long may its replacement take to come."""
@@ -73,13 +73,28 @@ def refuse_living(folder: RunFolder) -> None:
     """Raises UserError when a process is running this run now: a resume would be its second writer."""
     owner = probe(folder.owner_lock)
     if owner is not None and owner.is_gone() is False:
-        raise UserError(
-            f"run {folder.run_id} is still being run by process {owner.pid} on {owner.host}: stop it first, "
-            "or wait for its end",
-            run_id=folder.run_id,
-            pid=owner.pid,
-            host=owner.host,
-        )
+        raise _living(folder, owner.pid, owner.host)
+
+
+def claim(folder: RunFolder) -> OwnerLock:
+    """Be this run's only driver until the lock is released or the process dies: a cluster takes seconds to start, in
+    which nobody writes events yet. Raises UserError when a process is running this run now, or is about to."""
+    refuse_living(folder)
+    try:
+        return OwnerLock(folder.driver_lock)
+    except Busy as busy:
+        raise _living(folder, busy.data["pid"], busy.data["host"]) from None
+    except FileNotFoundError:
+        raise NotFoundError(f"run {folder.run_id} has just been given up by the process that made it") from None
+
+
+def _living(folder: RunFolder, pid: int | None, host: str | None) -> UserError:
+    return UserError(
+        f"run {folder.run_id} is still being run by process {pid} on {host}: stop it first, or wait for its end",
+        run_id=folder.run_id,
+        pid=pid,
+        host=host,
+    )
 
 
 def _first_line(error: Event) -> str:
