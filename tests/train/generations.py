@@ -23,11 +23,14 @@ from concertina.parallel.failures import is_communication_failure
 from concertina.parallel.groups import GroupOptions, form_crowd, form_groups
 from concertina.train.engine import Engine, StepResult
 from concertina.train.share import Share
+from tests.train.ledger import NotedView, Reading
+from tests.train.storage import storage_forbidden
 from tests.train.worlds import unconfigured
 
 __all__ = ["Gone", "Life", "Stage", "described", "live", "on_nodes"]
 
 OPTIONS = {"timeout": timedelta(seconds=20)}
+JOINING = timedelta(minutes=10)
 Tamper = Callable[["Life", int], None]
 
 
@@ -60,7 +63,7 @@ class Gone(Exception):
 
 @dataclass
 class Life:
-    """One member's engine through the stages."""
+    """One member's engine through the stages. Changing seats reads nothing from storage."""
 
     member: int
     store: Any
@@ -70,6 +73,18 @@ class Life:
     reports: list[dict[str, Any]] = field(default_factory=list)
     completed: list[int] = field(default_factory=list)
     seen: list[StepResult] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    applied_in: list[tuple[int, int]] = field(default_factory=list)
+    stage: int = 0
+
+    def __post_init__(self) -> None:
+        engine = self.engine
+
+        def read(ids: list[int]) -> None:
+            lane = engine.groups["dp"].rank
+            self.readings.append(Reading(self.stage, engine.applied + 1, lane, tuple(ids)))
+
+        engine.train = NotedView(engine.train, read)  # type: ignore[assignment]
 
     def form(self, number: int, seating: Seating) -> tuple[Share | None, Any]:
         """An empty share on new groups, and the crowd."""
@@ -84,13 +99,29 @@ class Life:
 
     def enter(self, number: int, stages: list[Stage]) -> None:
         """Take one's seat in stage `number`."""
+        self.stage = number
+        if number == 0:
+            self.begin(stages[0])
+        else:
+            with storage_forbidden():
+                self.change_seats(number, stages)
+
+    def await_turn(self, number: int, stages: list[Stage]) -> None:
+        """Who joins comes when the others do, however long their steps take: groups form within seconds."""
+        if number > 0 and self.member in stages[number - 1].seating.roster:
+            self.store.set(f"turn/{number}", "")
+        elif number > 0:
+            self.store.wait([f"turn/{number}"], JOINING)
+
+    def begin(self, stage: Stage) -> None:
+        share, _ = self.form(0, stage.seating)
+        assert share is not None
+        self.engine.adopt(share)
+        self.engine.fill_seconds()
+
+    def change_seats(self, number: int, stages: list[Stage]) -> None:
         stage = stages[number]
         share, crowd = self.form(number, stage.seating)
-        if number == 0:
-            assert share is not None
-            self.engine.adopt(share)
-            self.engine.fill_seconds()
-            return
         before, nodes = stages[number - 1], {member: str(member) for member in range(64)}
         present = set(before.seating.members) - set(before.lost)
         arguments = (self.job.model, before.seating, stage.seating, present & set(stage.seating.roster), nodes)
@@ -106,6 +137,8 @@ class Life:
     def note(self, result: StepResult) -> None:
         self.losses[result.step] = result.loss
         self.seen.append(result)
+        if self.engine.applied == result.step:
+            self.applied_in.append((result.step, self.stage))
 
     def fail(self, stage: Stage) -> None:
         """Begin one step more; leave, or lose one's peers."""
@@ -180,6 +213,7 @@ def live(rank: int, store: Any, job: Job, stages: list[Stage], tamper: Tamper | 
     for number, stage in enumerate(stages):
         if rank not in stage.seating.roster:
             continue
+        life.await_turn(number, stages)
         life.enter(number, stages)
         if tamper is not None:
             tamper(life, number)
@@ -202,6 +236,7 @@ def described(life: Life) -> dict[str, Any]:
     """Of a member whose engine has a share: losses, state, copies that it keeps for others."""
     engine = life.engine
     found: dict[str, Any] = {"losses": life.losses, "completed": life.completed, "reports": life.reports}
+    found |= {"readings": life.readings, "applied_in": life.applied_in}
     found |= {"applied": engine.applied, "tokens": engine.tokens, "watch": engine.watch.state()}
     if engine._share is None:
         return found

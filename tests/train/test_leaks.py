@@ -79,6 +79,8 @@ def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str,
                 life.engine.settle()
         life.seen.clear()
         life.reports.clear()
+        life.readings.clear()
+        life.applied_in.clear()
         store.set(f"done/{number}/{rank}", "")
         store.wait([f"done/{number}/{each}" for each in range(WORLD)])
         if looks:

@@ -11,8 +11,19 @@ from concertina.layout import Layout, Seating, kv_copies
 from concertina.train.engine import Engine
 from tests.distributed import form, seat
 
-__all__ = ["Drop", "TinyView", "engine_on", "plainest", "record_drops", "seated_engine", "tiny_job", "unconfigured"]
+__all__ = [
+    "NUM_SEQUENCES",
+    "Drop",
+    "TinyView",
+    "engine_on",
+    "plainest",
+    "record_drops",
+    "seated_engine",
+    "tiny_job",
+    "unconfigured",
+]
 
+NUM_SEQUENCES = 61  # no multiple of a batch: epochs meet in the middle of one
 Drop = tuple[str, int, int, int, int]
 """Router, sequence, position, number of the choice, expert."""
 
@@ -114,7 +125,7 @@ def record_drops(engine: Engine) -> set[Drop]:
 def unconfigured(job: Job) -> Engine:
     torch.set_num_threads(1)  # tensors this small only lose by threads
     length, vocabulary = job.data.sequence_length, job.model.vocab_size
-    views = (TinyView(61, length, vocabulary), TinyView(9, length, vocabulary))
+    views = (TinyView(NUM_SEQUENCES, length, vocabulary), TinyView(9, length, vocabulary))
     return Engine(job, *views, torch.device("cpu"))
 
 
