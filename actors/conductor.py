@@ -91,7 +91,7 @@ class Conductor:
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._renewed = time.monotonic()
-        self._lost: dict[int, Loss] = {}  # of whose end Ray has said nothing yet
+        self._unexplained: dict[int, Loss] = {}  # of whose end Ray has said nothing yet
         self._short_since: float | None = None
         self._said, self._said_s = "", 0.0
 
@@ -192,7 +192,7 @@ class Conductor:
     def _hear_late_words(self) -> None:
         """A bell says that a process has died, Ray says soon after what it killed it for. Nobody waits for that."""
         for member, (reason, text) in self.hands.told_late().items():
-            before = self._lost.pop(member, None)
+            before = self._unexplained.pop(member, None)
             if before is not None and before.reason in _GUESSED and reason in _LATE_WORDS:
                 self.regrouping.correct(replace(before, reason=reason, text=text))
 
@@ -212,6 +212,7 @@ class Conductor:
             if error.rank in self.hands.members and error.rank not in known:
                 node = self.hands.members[error.rank].node_id
                 losses.append(Loss(error.rank, node, Reason.HARDWARE, error.message))
+        losses = [self.recruiter.judge(loss) for loss in losses]
         for loss in losses:
             if loss.reason.ends_the_run:
                 raise RankFailure(f"member {loss.member}: {loss.text}", rank=loss.member, reason=loss.reason.value)
@@ -221,7 +222,7 @@ class Conductor:
     def _lose(self, losses: list[Loss]) -> None:
         for loss in losses:
             log.warning("%s is lost", loss)
-            self._lost[loss.member] = loss
+            self._unexplained[loss.member] = loss
             self.server.expel(loss.member)
             self.recruiter.blame(loss)
             if loss.reason in (Reason.KILLED, Reason.OUT_OF_MEMORY):  # its node lives
