@@ -24,6 +24,7 @@ from actors.strike import SIGNALS, end_node
 from concertina.elastic.chaos import Deed
 from concertina.elastic.waits import BOUNDS
 from infra.death_bell import DeathBell, is_supported
+from infra.oom_kills import OomKills
 from infra.processes import is_alive, start_time
 
 __all__ = ["NodeAgent", "Wards"]
@@ -77,6 +78,7 @@ class NodeAgent:
         self._reservations: list[str] = []
         self._heeded: set[tuple[int, int]] = set()
         self._wards, self._coordinator = Wards(), Wards()
+        self._oom_kills = OomKills()  # of the agent's cgroup, which is its node's
         self._renewed = time.monotonic()
         threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
@@ -104,8 +106,9 @@ class NodeAgent:
         if not DeathBell(bell_name(self._session, member, pid)).listen_on(_BELL_HANGS_WITHIN_S):
             log.info("member %d has no bell: its end is known in other ways", member)
             return  # an agent before this one heard it
+        for_memory = self._oom_kills.take()
         try:
-            ray.get_actor(COORDINATOR, ray.get_runtime_context().namespace).mourn.remote(member)
+            ray.get_actor(COORDINATOR, ray.get_runtime_context().namespace).mourn.remote(member, for_memory)
         except ValueError:
             log.debug("member %d has ended, and there is no coordinator to tell", member)
 
@@ -140,6 +143,7 @@ class NodeAgent:
     def _watch_lease(self) -> None:
         while not self._run_out():
             time.sleep(_LOOK_S)
+            self._oom_kills.look()
             self._end_frozen_coordinator()
         self._wards.end()
         for name in self._reservations:

@@ -11,16 +11,16 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.accounting import Accounting
 from actors.assignment import LEASE_EVERY_S, RunPlan
 from actors.book import Book
 from actors.evidence import Evidence
-from actors.hands import Hands, Member, sweep
+from actors.hands import GONE, Hands, Member, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
 from actors.recorder import Recorder
@@ -54,6 +54,8 @@ log = logging.getLogger("concertina.coordinator")
 
 STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
 TURN_S = 0.25  # news of members wakes it at once; turns cost the ranks processor time
+_GUESSED = frozenset({Reason.KILLED, Reason.NODE, Reason.FROZEN, Reason.DISCONNECTED})  # by what is seen at first
+_LATE_WORDS = frozenset({Reason.OUT_OF_MEMORY, Reason.PREEMPTED})
 _FOR_REGROUPING = (Prepared, Formed, Halted, TimeSpent)
 
 
@@ -89,6 +91,7 @@ class Conductor:
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._renewed = time.monotonic()
+        self._unexplained: dict[int, Loss] = {}  # of whose end Ray has said nothing yet
         self._short_since: float | None = None
         self._said, self._said_s = "", 0.0
 
@@ -135,9 +138,9 @@ class Conductor:
         log.info("the connection of member %d broke: %s", member, evidence)
         self._wake.set()
 
-    def mourn(self, member: int) -> None:
-        """A member's process has died; any thread may say so."""
-        self.evidence.dead.add(member)
+    def mourn(self, member: int, for_memory: bool) -> None:
+        """A member's process has died, and the kernel has killed one for memory or not; any thread may say so."""
+        self.evidence.dead[member] = Reason.OUT_OF_MEMORY if for_memory else Reason.KILLED
         self._wake.set()
 
     # -- the one thread -----------------------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ class Conductor:
             self.evidence.forgive()
             return
         self._hear_news()
+        self._hear_late_words()
         self._judge()
         if self.book.state.is_end:
             return
@@ -186,6 +190,13 @@ class Conductor:
             else:
                 self.regrouping.hear(message)
 
+    def _hear_late_words(self) -> None:
+        """A bell says that a process has died, Ray says soon after what it killed it for. Nobody waits for that."""
+        for member, (reason, text) in self.hands.told_late().items():
+            before = self._unexplained.pop(member, None)
+            if before is not None and before.reason in _GUESSED and reason in _LATE_WORDS:
+                self.regrouping.correct(replace(before, reason=reason, text=text))
+
     def _judge(self) -> None:
         """Fail for what no other member could do better; go on without the members that are lost."""
         own = [error for error in self.book.errors if not error.hardware]
@@ -202,6 +213,7 @@ class Conductor:
             if error.rank in self.hands.members and error.rank not in known:
                 node = self.hands.members[error.rank].node_id
                 losses.append(Loss(error.rank, node, Reason.HARDWARE, error.message))
+        losses = [self.recruiter.judge(loss) for loss in losses]
         for loss in losses:
             if loss.reason.ends_the_run:
                 raise RankFailure(f"member {loss.member}: {loss.text}", rank=loss.member, reason=loss.reason.value)
@@ -211,9 +223,10 @@ class Conductor:
     def _lose(self, losses: list[Loss]) -> None:
         for loss in losses:
             log.warning("%s is lost", loss)
+            self._unexplained[loss.member] = loss
             self.server.expel(loss.member)
             self.recruiter.blame(loss)
-            if loss.reason is Reason.KILLED:  # its node lives
+            if loss.reason in (Reason.KILLED, Reason.OUT_OF_MEMORY):  # its node lives
                 heir = self.hands.promote(loss.member)
                 if heir is not None:
                     self._welcome(heir)
@@ -344,5 +357,5 @@ def _generation(answer: Any) -> int:
     """Which one a member that was asked is at work in; -1 when it has ended since, which `Hands.gone` tells."""
     try:
         return int(ray.get(answer))
-    except RayActorError:
+    except GONE:
         return -1

@@ -71,10 +71,11 @@ class Coordinator:
             return status
         return Status(status.state, self._error.message, self._error.exit_code, status.step, "", self._over)
 
-    def mourn(self, member: int) -> None:
-        """The agent of its node knows that this member's process has died."""
+    def mourn(self, member: int, for_memory: bool = False) -> None:
+        """The agent of its node knows that this member's process has died, and whether the kernel has just killed one
+        there for memory."""
         if self._conductor is not None:
-            self._conductor.mourn(member)
+            self._conductor.mourn(member, for_memory)
 
     def leave(self) -> None:
         """The driver has seen the end; nothing keeps the coordinator."""

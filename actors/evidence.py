@@ -19,7 +19,10 @@ __all__ = ["Evidence"]
 
 log = logging.getLogger("concertina.coordinator")
 
-_DIED = "its process died (SIGKILL, out of memory, or a crash)"
+_DIED = {
+    Reason.KILLED: "its process died (SIGKILL, out of memory, or a crash)",
+    Reason.OUT_OF_MEMORY: "its process died as the kernel killed one for memory",
+}
 
 
 class Evidence:
@@ -27,7 +30,7 @@ class Evidence:
 
     def __init__(self, hands: Hands, server: ChannelServer) -> None:
         self.hands, self.server = hands, server
-        self.dead: set[int] = set()  # as agents say; any thread adds to it
+        self.dead: dict[int, Reason] = {}  # as agents say; any thread adds to it
         self._away: dict[int, float] = {}
         self._step, self._stepped = -1, time.monotonic()
 
@@ -41,8 +44,9 @@ class Evidence:
         gone = self.hands.gone()
         losses = [self._loss(member, self._judged(member, reason), why) for member, (reason, why) in gone.items()]
         found = {loss.member for loss in losses}
-        died = (self.dead & self.hands.members.keys()) - found
-        losses += [self._loss(member, Reason.KILLED, _DIED) for member in sorted(died)]
+        dead = self.dead.copy()
+        died = (dead.keys() & self.hands.members.keys()) - found
+        losses += [self._loss(member, dead[member], _DIED[dead[member]]) for member in sorted(died)]
         found |= died
         silences = self.server.silences()
         self._see_progress(silences)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -36,9 +36,12 @@ from concertina.elastic.placement import NodeCapacity
 from concertina.elastic.waits import BOUNDS
 from concertina.model.host_memory import ENVIRONMENT
 
-__all__ = ["Hands", "Member", "nodes_now", "sweep"]
+__all__ = ["GONE", "Hands", "Member", "nodes_now", "sweep"]
 
 log = logging.getLogger("concertina.coordinator")
+
+GONE = (RayActorError, OutOfMemoryError)
+"""What a call to an actor raises whose process has ended. The second is no kind of the first."""
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Hands:
         self.members: dict[int, Member] = {}
         self.standbys: dict[int, Member] = {}  # processes that could be members at once, and have no room of their own
         self.agents: dict[str, Any] = {}
+        self._untold: dict[int, Member] = {}  # given up before Ray said what it knows of their end
         self.reservations: list[Reservation] = []
         cluster = plan.job.cluster
         self.bundle = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if plan.device == "cuda" else {})}
@@ -263,7 +267,7 @@ class Hands:
             try:
                 waiting[answer].pid = ray.get(answer)["pid"]
                 found.append(waiting[answer])
-            except RayActorError as error:
+            except GONE as error:
                 log.debug("`gone` tells it: %s", error)
         return found
 
@@ -280,8 +284,15 @@ class Hands:
                 ray.get(call)
             except ActorUnavailableError:  # the way to it, not the member
                 member.end = member.actor.until_end.remote()
-            except RayActorError as error:
-                found[member.number] = _cause(str(error))
+            except GONE as error:
+                found[member.number] = _cause(error)
+        return found
+
+    def told_late(self) -> dict[int, tuple[Reason, str]]:
+        """As `gone`, of members that were given up since then: milliseconds later Ray knows why they died."""
+        found = self._ended(self._untold)
+        for number in found:
+            del self._untold[number]
         return found
 
     def stopped(self, numbers: Collection[int]) -> set[int]:
@@ -294,7 +305,7 @@ class Hands:
         calls = {self.agents[node_id].stopped.remote(list(pids)): pids for node_id, pids in suspects.items()}
         found = set()
         for call in _ready(list(calls), BOUNDS["ask_agent"].seconds):
-            with suppress(RayActorError):
+            with suppress(*GONE):
                 found |= {calls[call][pid] for pid in ray.get(call)}
         return found
 
@@ -315,7 +326,7 @@ class Hands:
 
     def lose(self, number: int) -> None:
         """Give a member up: end its process, also one that hangs, once its node answers. Its room stays."""
-        member = self.members.pop(number)
+        member = self._untold[number] = self.members.pop(number)
         if member.node_id in self.agents and member.pid:
             self.agents[member.node_id].end.remote([member.pid])
         ray.kill(member.actor, no_restart=True)
@@ -382,6 +393,9 @@ def nodes_now() -> list[NodeCapacity]:
     ]
 
 
+_FOR_MEMORY = ("out of memory", "out-of-memory", "memory pressure", "low on memory")
+
+
 def _place_of(group: PlacementGroup) -> str:
     return str(next(iter(placement_group_table(group)["bundles_to_node_id"].values())))
 
@@ -390,14 +404,16 @@ def _ready(calls: list[Any], bound_s: float = 0) -> list[Any]:
     return ray.wait(calls, num_returns=len(calls), timeout=bound_s)[0] if calls else []
 
 
-def _cause(text: str) -> tuple[Reason, str]:
+def _cause(error: RayError) -> tuple[Reason, str]:
     """The telling part of Ray's page about a dead actor."""
-    for mark in ("out of memory", "memory pressure"):
-        if mark in text.lower():
-            return Reason.OUT_OF_MEMORY, "killed for memory"
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or any(mark in text.lower() for mark in _FOR_MEMORY):
+        return Reason.OUT_OF_MEMORY, "killed for memory"
+    if isinstance(error, RayActorError) and error.preempted:
+        return Reason.PREEMPTED, "its node was taken back"
     if "creation task" in text:
         return Reason.RAISED, f"its process could not begin: {text.strip().splitlines()[-1]}"
-    if "node" in text.lower() and "died" in text.lower() and "unexpected" not in text.lower():
+    if "its node has died" in text:
         return Reason.NODE, "its node died"
     for line in text.splitlines():
         if "exit detail" in line.lower() or "SIGKILL" in line:

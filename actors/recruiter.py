@@ -6,7 +6,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from dataclasses import replace
 
+import ray
 from ray.autoscaler.sdk import request_resources
 
 from actors.assignment import RunPlan
@@ -22,6 +24,7 @@ log = logging.getLogger("concertina.coordinator")
 _LOOK_S = 1.0
 _ASK_S = 5.0
 _MEMORY_OF_LOSSES_S = 600.0
+_AS_A_NODE_GOES = frozenset({Reason.KILLED, Reason.NODE, Reason.FROZEN, Reason.DISCONNECTED})
 
 
 class Recruiter:
@@ -34,6 +37,7 @@ class Recruiter:
         self._looked = self._asked = 0.0
         self._beside = 0
         self._losses: dict[str, list[float]] = defaultdict(list)
+        self.deadlines_ms: dict[str, int] = {}  # by the wall clock: when nodes that are drained go by force
 
     def ask(self, beside: int = 0) -> None:
         """Tell Ray's autoscaler, if there is one, what the run wants as long as it lasts: room for all its members, of
@@ -45,6 +49,13 @@ class Recruiter:
     def withdraw(self) -> None:
         """The run wants nothing any more."""
         request_resources(bundles=[])
+
+    def judge(self, loss: Loss) -> Loss:
+        """The same, or that its node was taken back: Ray was told when, and that time has come."""
+        deadline_ms = self.deadlines_ms.get(loss.node)
+        if deadline_ms is None or time.time() * 1000 < deadline_ms or loss.reason not in _AS_A_NODE_GOES:
+            return loss
+        return replace(loss, reason=Reason.PREEMPTED, text=f"its node was taken back; {loss.text}")
 
     def blame(self, loss: Loss) -> None:
         """Count a loss against its node, but not those that the node did not cause."""
@@ -69,6 +80,8 @@ class Recruiter:
             return
         self._looked = now
         nodes = nodes_now()
+        drained = ray._private.state.state.get_draining_nodes()  # of one that is dead it says nothing any more
+        self.deadlines_ms |= {node: deadline_ms for node, deadline_ms in drained.items() if deadline_ms}
         self.hands.lose_dead_nodes({node.node_id for node in nodes})
         self.hands.settle()
         barred = self.barred

@@ -114,7 +114,7 @@ class Regrouping:
     def lose(self, losses: list[Loss]) -> None:
         """Go on without them, at once."""
         for loss in losses:
-            self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
+            self._tell_lost(loss)
             self.journal.pids.pop(loss.member, None)  # a coordinator that restarts shall not take it back
             self._failures.pop(loss.member, None)
         seating, coming = self.generations.seating, self.generations.coming
@@ -131,6 +131,15 @@ class Regrouping:
         elif self.generations.is_settled:
             self._deadline = self._change = None  # what was planned is called off
         self._do(orders)
+
+    def correct(self, loss: Loss) -> None:
+        """It is known by now why this one was lost. What is written stays, and is followed by what is true."""
+        self._tell_lost(loss)
+        if self._change is not None:
+            self._change.losses = [loss if old.member == loss.member else old for old in self._change.losses]
+
+    def _tell_lost(self, loss: Loss) -> None:
+        self._tell_member(MemberNews(loss.member, MemberWhat.LOST, loss.node, reason=f"{loss.reason}: {loss.text}"))
 
     def _tell_member(self, news: MemberNews) -> None:
         self.book.event(EventType.MEMBER, self.book.step, **news.to_json())

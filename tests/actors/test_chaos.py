@@ -5,11 +5,8 @@ The oracle is one process alone that trains the same job: same losses, each step
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,23 +14,17 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.assignment import agent_name, member_name
-from actors.injector import Injector, Strike
 from concertina.elastic.chaos import parse
-from concertina.layout import Seating
-from concertina.state.manifest import list_checkpoints, read_manifest, verify
+from concertina.state.manifest import list_checkpoints, verify
 from concertina.track.events import EventType
 from infra import LocalCluster
 from tests.actors.conftest import Start
-from tests.actors.drive import ENDLESS, Drive, alive, environment
+from tests.actors.drive import alive
+from tests.actors.stage import FOUR, NO_CHECKPOINT, PATIENT, NothingLeft, Reference, Stage, trained_alone
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # minutes only where other work holds the machine
 
-STEPS = 1500
-FOUR = ("--set", ENDLESS, "--set", "cluster.num_workers=4", "--set", "training.eval_every_steps=100000")
-NO_CHECKPOINT = ("--set", "checkpoint.every_steps=100000")
-PATIENT = ("--set", "elastic.max_losses_per_node=100")
 BOUND_S = 120.0
 
 
@@ -47,126 +38,8 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture(scope="module")
-def reference(ground: Path) -> Callable[[int], dict[int, float]]:
-    """Losses of the job on one process alone, at least up to a step."""
-    steps_file = ground / "alone.jsonl"
-    words = [ENDLESS, "layout.ep=1", f"storage_path={ground / 'alone'}", "checkpoint.every_steps=100000"]
-    words.append("training.eval_every_steps=100000")
-    command = [sys.executable, "-m", "concertina.train.standalone", str(ground / "tiny.yaml")]
-    command += [word for key in words for word in ("--set", key)]
-
-    def until(step: int) -> dict[int, float]:
-        process = subprocess.Popen([*command, "--steps-file", str(steps_file)], env=environment())
-        try:
-            wait_until(lambda: steps_file.exists() and len(steps_file.read_text().splitlines()) > step, 300)
-        finally:
-            process.kill()
-            process.wait()
-        found = [json.loads(line) for line in steps_file.read_text().splitlines()[:step]]
-        steps_file.unlink()
-        return {line["step"]: line["loss"] for line in found}
-
-    return until
-
-
-class Stage:
-    """One run and who breaks it."""
-
-    def __init__(self, drive: Drive, cluster: LocalCluster) -> None:
-        self.drive = drive
-        self.strikes: list[Strike] = []
-        drive.reaches(3)
-        self.injector = Injector(drive.run, cluster.access, self.strikes.append)
-
-    def do(self, line: str) -> None:
-        self.injector.carry_out(parse(line))
-
-    def command(self, *words: str) -> dict[str, object]:
-        """The same as a person does it; what it says it did."""
-        run = self.drive.run
-        line = [sys.executable, "-m", "jobs.cli", "chaos", run.run_id, *words, "--storage", str(run.storage)]
-        done = subprocess.run([*line, "-o", "json"], env=environment(), capture_output=True, text=True, timeout=BOUND_S)
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
-
-    def lay(self, line: str) -> threading.Thread:
-        """Carry it out in a thread: its fuse is laid when this returns."""
-        own = Injector(self.drive.run, self.injector.access, self.strikes.append)
-        thread = threading.Thread(target=own.carry_out, args=(parse(line),), daemon=True)
-        thread.start()
-        thread.join(1.0)
-        return thread
-
-    def members(self) -> dict[int, int]:
-        """Members to their processes, by rank; one that was just lost may still have a seat, and no process."""
-        scene = self.injector.scene()
-        self.drive.pids |= {scene.coordinator, *scene.pids.values()}
-        return {member: scene.pids[member] for member in scene.ranks if member in scene.pids}
-
-    def seating(self) -> Seating:
-        seatings = json.loads(self.drive.run.journal_file.read_text())["seatings"]
-        return Seating.from_json(seatings[max(seatings, key=int)])
-
-    def pair(self, fatal: bool) -> tuple[int, int]:
-        """Two members, the first never of rank 0: with `fatal` they own both copies of something."""
-        seating = self.seating()
-        for one in (1, 2, 3):
-            for other in range(4):
-                both = seating.seconds[one] == other or seating.seconds[other] == one
-                if one != other and both is fatal:
-                    return seating.members[one], seating.members[other]
-        raise AssertionError(seating)
-
-    def engines(self) -> dict[int, tuple[int, int]]:
-        """(pid, engine) of every member: what a survivor keeps."""
-        session = json.loads(self.drive.run.journal_file.read_text())["session"]
-        found = {}
-        for member in self.members():
-            actor = ray.get_actor(member_name(session, member), f"concertina-{self.drive.run.run_id}")
-            facts = ray.get(actor.describe.remote(), timeout=BOUND_S)
-            found[member] = facts["pid"], facts["engine"]
-        return found
-
-    def agent(self, node: str) -> int:
-        """Its process."""
-        session = json.loads(self.drive.run.journal_file.read_text())["session"]
-        actor = ray.get_actor(agent_name(session, node), f"concertina-{self.drive.run.run_id}")
-        return int(ray.get(actor.describe.remote(), timeout=BOUND_S)["pid"])
-
-    def recoveries(self) -> int:
-        return len(self.drive.events(EventType.RECOVERY))
-
-    def settles(self, after: int, world: int | None = None) -> None:
-        """More than `after` recoveries are written down, steps go on after the last, in a world of so many ranks."""
-        drive = self.drive
-
-        def goes_on() -> bool:
-            kinds = (EventType.RECOVERY, EventType.STEP, EventType.GENERATION)
-            events, seen, steps, now = drive.events(*kinds), 0, 0, 0
-            for event in events:
-                if event.type == EventType.STEP:
-                    steps += 1
-                    continue
-                seen, steps = seen + (event.type == EventType.RECOVERY), 0
-                now = event.data["world"] if event.type == EventType.GENERATION else now
-            return seen > after and steps > 2 and world in (None, now)
-
-        drive.wait(goes_on, BOUND_S)
-
-    def ends_well(self, reference: Callable[[int], dict[int, float]], left: Callable[[Drive], None]) -> None:
-        """Stopped with Ctrl-C it leaves a checkpoint of its last step, every step once, and nothing else."""
-        self.members()
-        self.drive.send(signal.SIGINT)
-        assert self.drive.ends() == 103, self.drive.err
-        found = self.drive.steps()
-        assert found == pytest.approx(reference(len(found)), rel=1e-10, abs=0)
-        newest = read_manifest(list_checkpoints(self.drive.run.checkpoints)[-1]).step
-        assert newest == list(found)[-1]
-        left(self.drive)
-
-
-Reference = Callable[[int], dict[int, float]]
-NothingLeft = Callable[[Drive], None]
+def reference(ground: Path) -> Reference:
+    return trained_alone(ground)
 
 
 def test_each_role_is_killed_in_turn(
@@ -233,10 +106,12 @@ def test_a_frozen_rank_that_thaws_is_nobody(
         os.kill(victim.pid, signal.SIGCONT)
     finally:
         os.kill(agent, signal.SIGCONT)
-    stage.settles(count)
-    assert {m: facts for m, facts in stage.engines().items() if m in before} == {
+    stage.settles(count, 4)  # another one is in its place
+    after = stage.engines()
+    assert {m: facts for m, facts in after.items() if m in before} == {
         m: facts for m, facts in before.items() if m != victim.member
     }
+    assert len(after) == 4
     wait_until(lambda: not alive({victim.pid}), 30)
     stage.ends_well(reference, nothing_left)
 
@@ -376,4 +251,118 @@ def test_two_nodes_join_at_once(
         thread.start()
     stage.settles(count, 6)
     assert {member: facts for member, facts in stage.engines().items() if member in before} == before
+    stage.ends_well(reference, nothing_left)
+
+
+@pytest.mark.parametrize("phase", ["checkpoint", pytest.param("validation", marks=pytest.mark.soak)])
+def test_a_loss_between_two_steps(
+    phase: str, start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
+) -> None:
+    """The step before it is applied, and stays. What it broke is done again: of checkpoints and validations there are
+    all, each once."""
+    kind, key = {
+        "checkpoint": (EventType.CHECKPOINT, "checkpoint.every_steps"),
+        "validation": (EventType.EVAL, "training.eval_every_steps"),
+    }[phase]
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT, "--set", f"{key}=20"), cluster)
+    count, before = stage.recoveries(), stage.engines()
+    victim = stage.injector.scene().find(parse("kill rank=2")).member
+    stage.do(f"kill member={victim} phase={phase}")
+    stage.settles(count, 4)
+    kept = {member: facts for member, facts in stage.engines().items() if member in before}
+    assert kept == {member: facts for member, facts in before.items() if member != victim}
+    step = stage.drive.recoveries()[count].step
+    assert step % 20 == 0, "it fell when the step was done"
+    stage.drive.wait(lambda: [e for e in stage.drive.events(kind) if (e.step or 0) > step])
+    assert stage.drive.events(EventType.ROLLBACK) == []
+    stage.ends_well(reference, nothing_left)
+    found = [event.step for event in stage.drive.events(kind) if event.step is not None and event.step % 20 == 0]
+    assert found == list(range(20, found[-1] + 1, 20))
+
+
+@pytest.mark.soak
+def test_a_node_that_goes_and_comes_back_twice(
+    start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
+) -> None:
+    """Whoever is on other nodes keeps process and engine."""
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT, *PATIENT), cluster)
+    count, before, scene = stage.recoveries(), stage.engines(), stage.injector.scene()
+    safe = {member: before[member] for member in before if scene.nodes[member] == scene.order[0]}
+    assert safe, "the head has members"
+    stage.do("flap node=1 times=2 every=15")
+    what = [strike.what.split()[0] for strike in stage.strikes]
+    assert what == ["killed", "node", "killed", "node"]
+    stage.settles(count + 1, 4)
+    assert {member: facts for member, facts in stage.engines().items() if member in safe} == safe
+    assert stage.drive.events(EventType.ROLLBACK) == []
+    stage.ends_well(reference, nothing_left)
+
+
+@pytest.mark.soak
+def test_frozen_for_a_moment_and_for_good(
+    start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
+) -> None:
+    """Who thaws before it is given up goes on where it was."""
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT), cluster)
+    count, before = stage.recoveries(), stage.engines()
+    victim = stage.injector.scene().find(parse("freeze rank=1")).member
+    stage.do("freeze rank=1 after=0.5")
+    stage.do(f"thaw member={victim}")
+    assert [strike.what.split()[0] for strike in stage.strikes] == ["froze", "thawed"]
+    newest = list(stage.drive.steps())[-1]
+    stage.drive.wait(lambda: list(stage.drive.steps())[-1] > newest + 10)
+    assert (stage.engines(), stage.recoveries(), stage.drive.lost()) == (before, count, {})
+
+    stage.do("freeze rank=1 after=0.5")
+    stage.settles(count, 4)
+    assert {m: why.split(":")[0] for m, why in stage.drive.lost().items()} == {victim: "frozen"}
+    assert {m: facts for m, facts in stage.engines().items() if m in before} == {
+        m: facts for m, facts in before.items() if m != victim
+    }
+    stage.ends_well(reference, nothing_left)
+
+
+def spares(stage: Stage) -> set[int]:
+    """Members that could be seated and have no rank."""
+    scene = stage.injector.scene()
+    return scene.pids.keys() - set(scene.ranks)
+
+
+def standbys(stage: Stage) -> set[int]:
+    """Processes beside the members, which have no room of their own and are not members yet."""
+    return stage.named() - stage.injector.scene().pids.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "waiting", "number"),
+    [("spares", spares, 1), pytest.param("standbys_per_node", standbys, 2, marks=pytest.mark.soak)],
+)
+def test_who_waits_takes_the_place(
+    key: str,
+    waiting: Callable[[Stage], set[int]],
+    number: int,
+    start: Start,
+    cluster: LocalCluster,
+    reference: Reference,
+    nothing_left: NothingLeft,
+) -> None:
+    """In the same change in which the other one is lost: the world is never smaller, and soon somebody waits again."""
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT, "--set", f"elastic.{key}=1"), cluster)
+    stage.drive.wait(lambda: len(waiting(stage)) >= number)
+    there = {member: stage.engine(member) for member in waiting(stage)}
+    count, before = stage.recoveries(), stage.engines()
+    victim = stage.injector.scene().find(parse("kill rank=1")).member
+    stage.do("kill rank=1")
+    stage.settles(count, 4)
+    recovery = stage.drive.recoveries()[count]
+    assert (recovery.cause.rank, recovery.cause.member) == (1, victim)
+    assert (recovery.world_before, recovery.world_after) == (4, 4)
+    heir = stage.seating().members[1]
+    after = stage.engines()
+    assert after[heir] == there[heir], "it was there before"
+    assert {member: facts for member, facts in after.items() if member != heir} == {
+        member: facts for member, facts in before.items() if member != victim
+    }
+    stage.drive.wait(lambda: len(waiting(stage)) >= number)
+    assert heir not in waiting(stage)
     stage.ends_well(reference, nothing_left)

@@ -85,6 +85,14 @@ def test_nothing_is_wrong(scene: Scene) -> None:
     assert scene.hands.asked == [], "agents are asked on suspicion only"
 
 
+@pytest.mark.parametrize("reason", [Reason.KILLED, Reason.OUT_OF_MEMORY])
+def test_a_bell_is_proof(scene: Scene, reason: Reason) -> None:
+    scene.evidence.dead |= {1: reason, 7: reason}
+    assert [(loss.member, loss.reason) for loss in scene.lost()] == [(1, reason)], "7 is nobody"
+    scene.hands.dead = {1: (Reason.NODE, "its node died")}
+    assert [loss.reason for loss in scene.lost()] == [Reason.NODE], "Ray knows better, if it knows yet"
+
+
 @pytest.mark.parametrize("reason", [Reason.KILLED, Reason.OUT_OF_MEMORY, Reason.NODE, Reason.RAISED])
 def test_rays_word_is_proof(scene: Scene, reason: Reason) -> None:
     scene.hands.dead = {1: (reason, "its process was killed")}
