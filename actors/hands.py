@@ -89,6 +89,7 @@ class Hands:
         self.members: dict[int, Member] = {}
         self.standbys: dict[int, Member] = {}  # processes that could be members at once, and have no room of their own
         self.agents: dict[str, Any] = {}
+        self._asked: dict[str, Any] = {}  # what an agent is asked about its node's processes, until it answers
         self._untold: dict[int, Member] = {}  # given up before Ray said what it knows of their end
         self.reservations: list[Reservation] = []
         cluster = plan.job.cluster
@@ -296,17 +297,22 @@ class Hands:
         return found
 
     def stopped(self, numbers: Collection[int]) -> set[int]:
-        """Those of them whose processes stand still, as their nodes' agents see it. All agents are asked together: one
-        that stands still itself, and does not answer, holds up nobody's."""
+        """Those of them whose processes stand still, as their nodes' agents see it. All agents are asked together, and
+        one that still owes an answer, as it stands still itself, is not asked again: it holds up this thread once."""
         suspects: dict[str, dict[int, int]] = defaultdict(dict)
         for member in (self.members[number] for number in numbers):
             if member.node_id in self.agents:
                 suspects[member.node_id][member.pid] = member.number
-        calls = {self.agents[node_id].stopped.remote(list(pids)): pids for node_id, pids in suspects.items()}
-        found = set()
-        for call in _ready(list(calls), BOUNDS["ask_agent"].seconds):
+        fresh = suspects.keys() - self._asked.keys()
+        self._asked |= {node_id: self.agents[node_id].stopped.remote(list(suspects[node_id])) for node_id in fresh}
+        _ready([self._asked[node_id] for node_id in fresh], BOUNDS["ask_agent"].seconds)
+        answered = _ready(list(self._asked.values()))
+        found: set[int] = set()
+        for node_id, call in [(node_id, call) for node_id, call in self._asked.items() if call in answered]:
+            del self._asked[node_id]
+            pids = suspects.get(node_id, {})
             with suppress(*GONE):
-                found |= {calls[call][pid] for pid in ray.get(call)}
+                found |= {pids[pid] for pid in ray.get(call) if pid in pids}
         return found
 
     def renew_leases(self) -> None:
@@ -336,6 +342,7 @@ class Hands:
     def lose_node(self, node_id: str) -> None:
         """A node has died: its room and its agent are gone as well."""
         agent = self.agents.pop(node_id, None)
+        self._asked.pop(node_id, None)
         if agent is not None:
             ray.kill(agent, no_restart=True)
         for reservation in [r for r in self.reservations if r.node_id == node_id]:
