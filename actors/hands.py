@@ -89,7 +89,7 @@ class Hands:
         self.members: dict[int, Member] = {}
         self.standbys: dict[int, Member] = {}  # processes that could be members at once, and have no room of their own
         self.agents: dict[str, Any] = {}
-        self._asked: dict[str, Any] = {}  # what an agent is asked about its node's processes, until it answers
+        self._asked: dict[str, tuple[Any, float]] = {}  # what an agent is asked, and when, until it answers
         self._untold: dict[int, Member] = {}  # given up before Ray said what it knows of their end
         self.reservations: list[Reservation] = []
         cluster = plan.job.cluster
@@ -303,14 +303,16 @@ class Hands:
         for member in (self.members[number] for number in numbers):
             if member.node_id in self.agents:
                 suspects[member.node_id][member.pid] = member.number
-        fresh = suspects.keys() - self._asked.keys()
-        self._asked |= {node_id: self.agents[node_id].stopped.remote(list(suspects[node_id])) for node_id in fresh}
-        _ready([self._asked[node_id] for node_id in fresh], BOUNDS["ask_agent"].seconds)
-        answered = _ready(list(self._asked.values()))
+        fresh, now = suspects.keys() - self._asked.keys(), time.monotonic()
+        self._asked |= {node: (self.agents[node].stopped.remote(list(suspects[node])), now) for node in fresh}
+        _ready([self._asked[node][0] for node in fresh], BOUNDS["ask_agent"].seconds)
+        answered = _ready([call for call, _ in self._asked.values()])
         found: set[int] = set()
-        for node_id, call in [(node_id, call) for node_id, call in self._asked.items() if call in answered]:
-            del self._asked[node_id]
-            pids = suspects.get(node_id, {})
+        for node, (call, asked_s) in [(n, question) for n, question in self._asked.items() if question[0] in answered]:
+            del self._asked[node]
+            if now - asked_s > BOUNDS["silence"].seconds:
+                continue  # it was so then; who stands still now is asked about anew
+            pids = suspects.get(node, {})
             with suppress(*GONE):
                 found |= {pids[pid] for pid in ray.get(call) if pid in pids}
         return found

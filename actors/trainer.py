@@ -274,6 +274,7 @@ class Trainer:
         self._adopted, self._adopted_at = move.generation, move.step
         if coming.share is None:
             self.engine.adopt(None)
+            self.loop.records.clear()  # of a past that others may void; they are written down by now
         elif former is not coming:
             self.engine.adopt(coming.share)
         self._verified = None

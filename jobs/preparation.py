@@ -64,6 +64,11 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout, *, or_begin: boo
     generation = summarize(folder).shape.generation + 1
     checkpoints = list_checkpoints(folder.checkpoints)
     if not checkpoints and or_begin:
+        if damaged := sorted(folder.checkpoints.glob("step-*")):
+            raise CheckpointError(
+                f"run {folder.run_id} has no complete checkpoint, and {damaged[-1].name} has lost its manifest: "
+                f"move it out of {folder.checkpoints} to begin again"
+            )
         return Prepared(job, layout, folder, corpus, generation=generation)
     if not checkpoints:
         raise NotFoundError(

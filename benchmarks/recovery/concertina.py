@@ -104,7 +104,7 @@ class Run:
         assert folder is not None
         news = [event for event in read_events(folder.events_file) if event.type == EventType.MEMBER]
         lost = [e for e in news if e.data["member"] == member and e.data["what"] == MemberWhat.LOST]
-        return lost[-1].ts_ns / 1e9 - self._clocks_s if lost else None
+        return lost[0].ts_ns / 1e9 - self._clocks_s if lost else None  # a second one corrects the reason
 
     def check(self) -> None:
         """Raises UserError when the driver has ended."""

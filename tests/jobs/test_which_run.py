@@ -13,7 +13,7 @@ import pytest
 
 from concertina.config import load_job
 from concertina.errors import CheckpointError, ConfigError, NotFoundError, UserError
-from concertina.state.manifest import checkpoint_folder, list_checkpoints
+from concertina.state.manifest import checkpoint_folder, partial_folder, list_checkpoints
 from concertina.track.events import EventLog, EventType
 from concertina.track.owner import OwnerLock
 from concertina.track.run import RunFolder, list_runs
@@ -125,6 +125,18 @@ def test_damaged_checkpoints_are_not_begun_over(look: Find) -> None:
     broken.mkdir()
     (broken / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
+        look()
+
+
+@pytest.mark.unit
+def test_a_checkpoint_without_its_manifest_is_not_begun_over(look: Find) -> None:
+    """Beginning again removes what is there. One that never was complete is no loss."""
+    first = look()
+    assert isinstance(first, Prepared)
+    partial_folder(first.folder.checkpoints, 10, 0).mkdir()
+    assert isinstance(look(), Prepared)
+    checkpoint_folder(first.folder.checkpoints, 20).mkdir()
+    with pytest.raises(CheckpointError, match="step-00000020 has lost its manifest"):
         look()
 
 
