@@ -13,7 +13,7 @@ import pytest
 
 from concertina.config import load_job
 from concertina.errors import CheckpointError, ConfigError, NotFoundError, UserError
-from concertina.state.manifest import checkpoint_folder, partial_folder, list_checkpoints
+from concertina.state.manifest import checkpoint_folder, list_checkpoints, partial_folder
 from concertina.track.events import EventLog, EventType
 from concertina.track.owner import OwnerLock
 from concertina.track.run import RunFolder, list_runs
