@@ -20,7 +20,8 @@ from actors.accounting import Accounting
 from actors.assignment import LEASE_EVERY_S, RunPlan
 from actors.book import Book
 from actors.evidence import Evidence
-from actors.hands import GONE, Hands, Member, sweep
+from actors.gone import GONE
+from actors.hands import Hands, Member, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
 from actors.recorder import Recorder
@@ -91,7 +92,7 @@ class Conductor:
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._renewed = time.monotonic()
-        self._unexplained: dict[int, Loss] = {}  # of whose end Ray has said nothing yet
+        self._unexplained: dict[int, Loss] = {}  # of whose end only is known that it came
         self._short_since: float | None = None
         self._said, self._said_s = "", 0.0
 
@@ -191,10 +192,10 @@ class Conductor:
                 self.regrouping.hear(message)
 
     def _hear_late_words(self) -> None:
-        """A bell says that a process has died, Ray says soon after what it killed it for. Nobody waits for that."""
-        for member, (reason, text) in self.hands.told_late().items():
-            before = self._unexplained.pop(member, None)
-            if before is not None and before.reason in _GUESSED and reason in _LATE_WORDS:
+        """That a process has died is known first, what it was killed for soon after: from Ray, or from its node's
+        agent. Nobody waits for that."""
+        for member, (reason, text) in (self.evidence.died() | self.hands.told_late()).items():
+            if reason in _LATE_WORDS and (before := self._unexplained.pop(member, None)) is not None:
                 self.regrouping.correct(replace(before, reason=reason, text=text))
 
     def _judge(self) -> None:
@@ -223,7 +224,8 @@ class Conductor:
     def _lose(self, losses: list[Loss]) -> None:
         for loss in losses:
             log.warning("%s is lost", loss)
-            self._unexplained[loss.member] = loss
+            if loss.reason in _GUESSED:
+                self._unexplained[loss.member] = loss
             self.server.expel(loss.member)
             self.recruiter.blame(loss)
             if loss.reason in (Reason.KILLED, Reason.OUT_OF_MEMORY):  # its node lives

@@ -42,12 +42,10 @@ class Evidence:
     def look(self, complaining: bool) -> list[Loss]:
         """Members that are lost, by what is known now. `complaining`: some have lost the network to their peers."""
         gone = self.hands.gone()
+        died = {member: said for member, said in self.died().items() if member in self.hands.members}
+        gone |= {member: said for member, said in died.items() if _says_more(said, gone.get(member))}
         losses = [self._loss(member, self._judged(member, reason), why) for member, (reason, why) in gone.items()]
-        found = {loss.member for loss in losses}
-        dead = self.dead.copy()
-        died = (dead.keys() & self.hands.members.keys()) - found
-        losses += [self._loss(member, dead[member], _DIED[dead[member]]) for member in sorted(died)]
-        found |= died
+        found = gone.keys()
         silences = self.server.silences()
         self._see_progress(silences)
         living = [member.number for member in self.hands.members.values() if member.pid and member.number not in found]
@@ -56,6 +54,10 @@ class Evidence:
             loss = self._listen(number, silences.get(number), complaining, number in stopped)
             losses += [] if loss is None else [loss]
         return losses
+
+    def died(self) -> dict[int, tuple[Reason, str]]:
+        """Members whose processes have died, as agents say, whether given up since or not."""
+        return {member: (reason, _DIED[reason]) for member, reason in self.dead.copy().items()}
 
     def _judged(self, member: int, reason: Reason) -> Reason:
         """One that cannot begin where others could says something of its node, not of the run."""
@@ -97,6 +99,11 @@ class Evidence:
 
     def _loss(self, member: int, reason: Reason, text: str, ago_s: float = 0.0) -> Loss:
         return Loss(member, self.hands.members[member].node_id, reason, text, time.monotonic() - ago_s)
+
+
+def _says_more(said: tuple[Reason, str], ray_said: tuple[Reason, str] | None) -> bool:
+    """Whether an agent knows what Ray, when it is as quick, may not."""
+    return ray_said is None or (ray_said[0], said[0]) == (Reason.KILLED, Reason.OUT_OF_MEMORY)
 
 
 def _is_suspect(silence: Silence) -> bool:

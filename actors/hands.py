@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RuntimeEnvSetupError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -30,18 +30,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.agent import NodeAgent
 from actors.assignment import Assignment, RunPlan, agent_name, member_name
 from actors.coordinator import COORDINATOR
+from actors.gone import GONE
 from actors.rank import Rank
 from concertina.elastic.losses import Reason
 from concertina.elastic.placement import NodeCapacity
 from concertina.elastic.waits import BOUNDS
 from concertina.model.host_memory import ENVIRONMENT
 
-__all__ = ["GONE", "Hands", "Member", "nodes_now", "sweep"]
+__all__ = ["Hands", "Member", "nodes_now", "sweep"]
 
 log = logging.getLogger("concertina.coordinator")
-
-GONE = (RayActorError, OutOfMemoryError)
-"""What a call to an actor raises whose process has ended. The second is no kind of the first."""
 
 
 @dataclass
@@ -420,7 +418,7 @@ def _cause(error: RayError) -> tuple[Reason, str]:
         return Reason.OUT_OF_MEMORY, "killed for memory"
     if isinstance(error, RayActorError) and error.preempted:
         return Reason.PREEMPTED, "its node was taken back"
-    if "creation task" in text:
+    if "creation task" in text or isinstance(error, RuntimeEnvSetupError):
         return Reason.RAISED, f"its process could not begin: {text.strip().splitlines()[-1]}"
     if "its node has died" in text:
         return Reason.NODE, "its node died"

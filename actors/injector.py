@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.assignment import LEASE_EVERY_S, agent_name, member_name
 from actors.coordinator import COORDINATOR
+from actors.gone import GONE
 from concertina.elastic.chaos import MEMBER_PHASES, Deed, Injection, Kind, Scene, Victim
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import NotFoundError, UserError
@@ -150,7 +151,7 @@ class Injector:
         """Whether it had not burnt."""
         try:
             return bool(ray.get(actor.lay_fuse.remote(None), timeout=BOUNDS["ask_ray"].seconds))
-        except (RayActorError, GetTimeoutError):
+        except (*GONE, GetTimeoutError):
             return False
 
     def _has_burnt(self, injection: Injection, victim: Victim | None, end: Any) -> bool:
@@ -230,7 +231,7 @@ class Injector:
         """The answer; None from one that died of the question."""
         try:
             return ray.get(call, timeout=BOUNDS["ask_ray"].seconds)
-        except (RayActorError, GetTimeoutError):
+        except (*GONE, GetTimeoutError):
             return None
         except RayError as error:
             raise UserError(str(error).strip().splitlines()[-1]) from error

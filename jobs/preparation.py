@@ -15,7 +15,6 @@ from concertina.errors import CheckpointError, DataError, NotFoundError, UserErr
 from concertina.layout import Layout, check_trainable, shards
 from concertina.track.mlflow_place import tracking_uri
 from concertina.track.run import DataFacts, RunFolder, create_run
-from concertina.track.status import refuse_living
 from concertina.track.summary import summarize
 
 __all__ = ["NothingLeft", "Prepared", "forget", "prepare_new", "prepare_resume"]
@@ -48,11 +47,10 @@ def prepare_new(job: Job, layout: Layout, run_id: str | None = None) -> Prepared
 
 def prepare_resume(folder: RunFolder, job: Job, layout: Layout, *, or_begin: bool = False) -> Prepared:
     """Continue a run from its newest sound checkpoint; with `or_begin` one that has none from its beginning, but not
-    one whose checkpoints are all damaged, which a person shall see. Raises UserError when it is running now,
+    one whose checkpoints are all damaged, which a person shall see. The caller has claimed it. Raises UserError,
     NothingLeft, NotFoundError, CheckpointError or DataError."""
     from concertina.state.manifest import list_checkpoints, read_manifest
 
-    refuse_living(folder)
     _refuse_unsupported(job, layout)
     corpus, facts = _prepare_data(job)
     before = folder.data_facts()

@@ -57,7 +57,7 @@ class Watch:
     def _poll(self) -> Status:
         """One answer; meanwhile events are shown and signals heard. Raises _NoAnswer."""
         from ray import get, wait
-        from ray.exceptions import ActorUnavailableError, RayActorError
+        from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
         until = time.monotonic() + ANSWER_BOUND_S
         while time.monotonic() < until:
@@ -68,7 +68,7 @@ class Watch:
             try:
                 status: Status = get(answer, timeout=0)
                 return status
-            except ActorUnavailableError:
+            except (ActorUnavailableError, OutOfMemoryError):  # killed for memory it is started again, like any other
                 time.sleep(POLL_S)
             except TimeoutError:
                 break

@@ -79,7 +79,7 @@ def _kept_rows(samples: list[dict[str, Any]]) -> list[Row]:
 
 
 def _cold_rows(own: dict[str, Any]) -> list[Row]:
-    """From the loss of the one before it, or from the node's arrival, to the first step with the newcomer."""
+    """From the fault that took the one before it, or from the node's arrival, to the first step with the newcomer."""
     rows = []
     for whose, name in COMERS.items():
         those = [s for s in own["samples"] if s.get("of") == whose]
@@ -135,8 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    config = {"own": own | {"samples": own["samples"]}, **found}
-    write_result(options.output, config, measured, rows)
+    write_result(options.output, {"own": own, **found}, measured, rows)
     print(show(rows))
     return 0
 

@@ -56,7 +56,7 @@ def join_record(records: Sequence[Mapping[str, Any]], world: int) -> Mapping[str
 def join_of(lines: Sequence[Line], said: Mapping[str, Any] | None, since_s: float | None) -> dict[str, Any]:
     """How long those who trained stood still for one that came, by the steps around the record, and what it lost them.
 
-    `lines` in the order of time, none of after the next fault. `since_s`: when its place was lost, or its node there.
+    `lines` in the order of time, none of after the next fault. `since_s`: when a fault took its place or its node came.
     """
     missed = {"kind": JOIN, "recovered": False}
     if said is None:

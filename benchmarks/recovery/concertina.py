@@ -31,7 +31,6 @@ from benchmarks.recovery.stall import Line
 from benchmarks.recovery.watch import Watch, document_of, own_all
 from concertina.errors import UserError
 from concertina.track.events import EventType, read_events
-from concertina.track.recovery import MemberWhat
 from concertina.track.run import RunFolder
 from infra.processes import end_descendants
 
@@ -97,14 +96,6 @@ class Run:
         folder = self.folder
         assert folder is not None
         return [dict(e.data) for e in read_events(folder.events_file) if e.type == EventType.RECOVERY]
-
-    def lost_s(self, member: int) -> float | None:
-        """When the coordinator gave it up, on the monotonic clock."""
-        folder = self.folder
-        assert folder is not None
-        news = [event for event in read_events(folder.events_file) if event.type == EventType.MEMBER]
-        lost = [e for e in news if e.data["member"] == member and e.data["what"] == MemberWhat.LOST]
-        return lost[0].ts_ns / 1e9 - self._clocks_s if lost else None  # a second one corrects the reason
 
     def check(self) -> None:
         """Raises UserError when the driver has ended."""
@@ -176,8 +167,9 @@ def _event(run: Run, watch: EventWatch, nodes: Nodes, roster: Roster, kind: str,
     join: dict[str, Any] = {"kind": JOIN, "recovered": False}
     whose = {"of": "node" if of_node else "process"}
     try:
-        outage |= watch.outage(_strike(nodes, kind, victim))
-        since_s = _bring_node(watch, nodes, kind, victim) if of_node else run.lost_s(victim.member)
+        fault = _strike(nodes, kind, victim)
+        outage |= watch.outage(fault)
+        since_s = _bring_node(watch, nodes, kind, victim) if of_node else fault.at_s
         watch.settle(MOST)
         records = run.recoveries()[old:]
         outage |= own_of([said for said in records if said["cause"]["reason"] != JOIN])

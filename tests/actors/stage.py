@@ -29,7 +29,7 @@ from infra import LocalCluster
 from tests.actors.drive import ENDLESS, Drive, environment
 from tests.waiting import wait_until
 
-__all__ = ["FOUR", "NO_CHECKPOINT", "PATIENT", "NothingLeft", "Reference", "Stage", "trained_alone"]
+__all__ = ["BOUND_S", "FOUR", "NO_CHECKPOINT", "PATIENT", "NothingLeft", "Reference", "Stage", "trained_alone"]
 
 FOUR = ("--set", ENDLESS, "--set", "cluster.num_workers=4", "--set", "training.eval_every_steps=100000")
 NO_CHECKPOINT = ("--set", "checkpoint.every_steps=100000")

@@ -14,7 +14,7 @@ from actors.conductor import Conductor
 from actors.evidence import Evidence
 from actors.hands import Member
 from actors.recruiter import Recruiter
-from concertina.elastic.losses import Reason
+from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Halt, Prepare, RankError
 from concertina.elastic.states import RunState
 from concertina.errors import RankFailure
@@ -124,6 +124,17 @@ def test_rays_word_after_the_bells_corrects_what_is_written(judge: Judge) -> Non
     judge.scene.formed(1, 7, 0, 2)
     (recovery,) = judge.scene.events(EventType.RECOVERY)
     assert recovery.data["cause"]["reason"] == "out_of_memory"
+
+
+def test_an_agents_word_after_the_loss_corrects_it_too(judge: Judge) -> None:
+    """Ray, which was quicker, knew less, and says so again."""
+    judge.conductor._lose([Loss(1, "node-1", Reason.KILLED, "its process was killed")])
+    judge.hands.late = {1: (Reason.KILLED, "the actor is dead")}
+    judge.conductor._hear_late_words()
+    judge.conductor.evidence.dead[1] = Reason.OUT_OF_MEMORY
+    for _ in range(2):
+        judge.conductor._hear_late_words()
+    assert judge.losses() == [(1, "killed"), (1, "out_of_memory")]
 
 
 @pytest.mark.parametrize("late", [Reason.KILLED, Reason.NODE, Reason.RAISED])

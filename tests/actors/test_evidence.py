@@ -33,7 +33,7 @@ class FakeHands:
     questions: int = 0
 
     def gone(self) -> dict[int, tuple[Reason, str]]:
-        return self.dead
+        return self.dead.copy()
 
     def stopped(self, numbers: Collection[int]) -> set[int]:
         self.asked += numbers
@@ -98,6 +98,18 @@ def test_rays_word_is_proof(scene: Scene, reason: Reason) -> None:
     scene.hands.dead = {1: (reason, "its process was killed")}
     del scene.server.silent_s[1]
     assert scene.lost() == [Loss(1, "node-1", reason, "its process was killed")]
+
+
+@pytest.mark.parametrize(
+    ("ray_says", "reason"),
+    [(Reason.KILLED, Reason.OUT_OF_MEMORY), (Reason.NODE, Reason.NODE), (None, Reason.OUT_OF_MEMORY)],
+)
+def test_an_agent_knows_of_memory_where_ray_only_knows_of_an_end(
+    scene: Scene, ray_says: Reason | None, reason: Reason
+) -> None:
+    scene.hands.dead = {1: (ray_says, "its process was killed")} if ray_says is not None else {}
+    scene.evidence.dead[1] = Reason.OUT_OF_MEMORY
+    assert [(loss.member, loss.reason) for loss in scene.lost()] == [(1, reason)]
 
 
 def test_several_are_lost_at_once(scene: Scene) -> None:

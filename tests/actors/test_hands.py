@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from actors.assignment import RunPlan
 from actors.hands import Hands, Member, Reservation, _cause
@@ -91,6 +91,7 @@ PREEMPTED = NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED, reaso
         (died(NODE, NodeDeathInfo(reason=NodeDeathInfo.UNEXPECTED_TERMINATION)), Reason.NODE),
         (died(NODE, PREEMPTED), Reason.PREEMPTED),
         (ActorDiedError.from_task_error(raised(ImportError("no such library"))), Reason.RAISED),
+        (RuntimeEnvSetupError("no room for it"), Reason.RAISED),
     ],
 )
 def test_what_ray_says_of_an_end(error: RayError, reason: Reason) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from concertina.state.manifest import checkpoint_folder, list_checkpoints, parti
 from concertina.track.events import EventLog, EventType
 from concertina.track.owner import OwnerLock
 from concertina.track.run import RunFolder, list_runs
+from concertina.track.status import claim
 from jobs.cli import main
 from jobs.preparation import Prepared, forget
 from jobs.which_run import Done, Wanted, find
@@ -138,6 +140,24 @@ def test_a_checkpoint_without_its_manifest_is_not_begun_over(look: Find) -> None
     checkpoint_folder(first.folder.checkpoints, 20).mkdir()
     with pytest.raises(CheckpointError, match="step-00000020 has lost its manifest"):
         look()
+
+
+@pytest.mark.unit
+def test_a_run_that_is_given_up_while_its_lock_is_waited_for_is_not_there(look: Find) -> None:
+    first = look()
+    assert isinstance(first, Prepared)
+    folder = first.folder
+    holder = OwnerLock(folder.driver_lock)
+
+    def give_up() -> None:
+        shutil.rmtree(folder.path)
+        holder.release()
+
+    soon = threading.Timer(0.3, give_up)
+    soon.start()
+    with pytest.raises(NotFoundError, match="has just been given up"):
+        claim(folder)
+    soon.join()
 
 
 @pytest.mark.unit

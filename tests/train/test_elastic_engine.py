@@ -56,17 +56,21 @@ def alone(job: Job) -> dict[str, Any]:
 
 def deviation(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> tuple[float, float]:
     """The largest relative one of any loss, and the largest of any element of state, on any member."""
-    losses = [
-        abs(loss - reference["losses"][step]) / reference["losses"][step]
-        for found in ranks
-        for step, loss in found["losses"].items()
-    ]
     states = [
         np.abs(piece - reference["state"][key][box.slices()]).max()
         for found in ranks
         for key, (box, piece) in found.get("state", {}).items()
     ]
-    return max(losses), float(max(states))
+    return loss_deviation(ranks, reference), float(max(states))
+
+
+def loss_deviation(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> float:
+    """The largest relative one of any step's loss on any member."""
+    return max(
+        abs(loss - reference["losses"][step]) / reference["losses"][step]
+        for found in ranks
+        for step, loss in found["losses"].items()
+    )
 
 
 def check(results: list[dict[str, Any]], stages: list[Stage], reference: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from tests.train.test_elastic_engine import (
     alone,
     check_whole,
     checkpoint_third_step,
+    loss_deviation,
     run,
     stale_moment,
 )
@@ -65,18 +66,13 @@ def results_of(steps: int, precision: str) -> tuple[list[dict[str, Any]], dict[s
 
 def errors(results: list[dict[str, Any]], reference: dict[str, Any]) -> tuple[float, float]:
     """The largest of a loss, of any step on any member, and the largest of a tensor: max|a - b| / max|b|."""
-    losses = [
-        abs(loss - reference["losses"][step]) / reference["losses"][step]
-        for found in results
-        for step, loss in found["losses"].items()
-    ]
     tensors = [
         np.abs(piece - whole[box.slices()]).max(initial=0.0) / np.abs(whole).max()
         for found in results
         for key, (box, piece) in found.get("state", {}).items()
         if np.abs(whole := reference["state"][key]).max() > 0
     ]
-    return max(losses), float(max(tensors))
+    return loss_deviation(results, reference), float(max(tensors))
 
 
 def present(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

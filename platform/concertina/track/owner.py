@@ -60,8 +60,9 @@ class Owner:
 class OwnerLock:
     """Exclusive while it lives; waits at most `wait` for a holder to let go.
 
-    Raises Busy with the holder's pid and host. The short wait lets a probe pass, which holds the lock for
-    microseconds, and a killed predecessor, whose files the kernel may still be closing.
+    Raises Busy with the holder's pid and host, FileNotFoundError when file or folder were removed meanwhile. The short
+    wait lets a probe pass, which holds the lock for microseconds, and a killed predecessor, whose files the kernel may
+    still be closing.
     """
 
     def __init__(self, path: Path, wait: timedelta = timedelta(seconds=2)) -> None:
@@ -69,6 +70,8 @@ class OwnerLock:
         self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._take(time.monotonic() + wait.total_seconds())
+            if not os.path.samestat(os.fstat(self._fd), os.stat(path)):
+                raise FileNotFoundError(errno.ENOENT, "its holder has removed it", str(path))
             _sign(self._fd)
         except BaseException:
             self.release()
