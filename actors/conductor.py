@@ -159,7 +159,7 @@ class Conductor:
     def _turn(self) -> None:
         """Wait for news, at most a turn, and look at everything."""
         began = time.monotonic()
-        self._wake.wait(self.regrouping.turn_s(TURN_S))
+        self._wake.wait(self.regrouping.turn_s(min(TURN_S, self.evidence.due_s)))
         self._wake.clear()
         broken = self.recorder.broken or self.server.broken
         if broken is not None:

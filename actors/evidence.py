@@ -8,6 +8,7 @@ makes no step meanwhile: a member that is only slow is waited for by peers that 
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from actors.hands import Hands
@@ -18,6 +19,9 @@ from concertina.elastic.waits import BOUNDS
 __all__ = ["Evidence"]
 
 log = logging.getLogger("concertina.coordinator")
+
+_SUSPECT_S = BOUNDS["silence"].seconds / 2
+_SOONEST_S = 0.02  # silences are as old as the channel's last turn
 
 _DIED = {
     Reason.KILLED: "its process died (SIGKILL, out of memory, or a crash)",
@@ -31,6 +35,8 @@ class Evidence:
     def __init__(self, hands: Hands, server: ChannelServer) -> None:
         self.hands, self.server = hands, server
         self.dead: dict[int, Reason] = {}  # as agents say; any thread adds to it
+        self.due_s = math.inf
+        """Seconds from the last look until a silence may mean more than it does now."""
         self._away: dict[int, float] = {}
         self._step, self._stepped = -1, time.monotonic()
 
@@ -50,6 +56,7 @@ class Evidence:
         self._see_progress(silences)
         living = [member.number for member in self.hands.members.values() if member.pid and member.number not in found]
         stopped = self._stopped(living, silences)
+        self.due_s = math.inf
         for number in living:
             loss = self._listen(number, silences.get(number), complaining, number in stopped)
             losses += [] if loss is None else [loss]
@@ -71,10 +78,11 @@ class Evidence:
         return self.hands.stopped(suspects) if suspects else set()
 
     def _see_progress(self, silences: dict[int, Silence]) -> None:
-        """Remember when any member was last seen to come to another step."""
+        """Remember when any member last came to another step, as the first beat that told of it says."""
         step = max((silence.step for silence in silences.values()), default=-1)
         if step != self._step:
-            self._step, self._stepped = step, time.monotonic()
+            ago_s = min((s.seconds + s.progress_age_s for s in silences.values() if s.step == step), default=0.0)
+            self._step, self._stepped = step, max(self._stepped, time.monotonic() - ago_s)
 
     def _listen(self, member: int, silence: Silence | None, complaining: bool, is_stopped: bool) -> Loss | None:
         now = time.monotonic()
@@ -87,15 +95,20 @@ class Evidence:
         self._away.pop(member, None)
         where = f"at step {silence.step}, {silence.phase}"
         if not _is_suspect(silence):
+            self._look_in(_SUSPECT_S - silence.seconds)
             return None
         if is_stopped:
             return self._loss(member, Reason.FROZEN, f"its process is stopped, {where}", silence.seconds)
         still_s = min(silence.seconds, now - self._stepped)
         bound = BOUNDS["silence" if silence.phase == "step" else "silence_busy"]
+        self._look_in(bound.seconds - still_s)
         if still_s > bound.seconds:
             text = f"silent for {silence.seconds:.1f} s, {where}"
             return self._loss(member, Reason.FROZEN, text, silence.seconds)
         return None
+
+    def _look_in(self, seconds: float) -> None:
+        self.due_s = min(self.due_s, max(_SOONEST_S, seconds))
 
     def _loss(self, member: int, reason: Reason, text: str, ago_s: float = 0.0) -> Loss:
         return Loss(member, self.hands.members[member].node_id, reason, text, time.monotonic() - ago_s)
@@ -107,4 +120,4 @@ def _says_more(said: tuple[Reason, str], ray_said: tuple[Reason, str] | None) ->
 
 
 def _is_suspect(silence: Silence) -> bool:
-    return silence.seconds > BOUNDS["silence"].seconds / 2
+    return silence.seconds > _SUSPECT_S

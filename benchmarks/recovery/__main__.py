@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.recovery.ray_train import ROOT
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
-from concertina.errors import UserError
+from concertina.errors import ConcertinaError, UserError
 
 __all__ = ["main", "rows_of"]
 
@@ -56,16 +56,17 @@ def rows_of(own: dict[str, Any], ray: dict[str, Any] | None, torchft: dict[str, 
         if stalls:
             rows.append(Row.of(f"{kind}, stall", "s", stalls, goal, at_most=goal is not None, reason=WHY))
             rows.append(Row(f"{kind}, stall, p99", _tail(stalls), "s"))
-    rows += [*_kept_rows(own["samples"]), *_cold_rows(own), *_own_rows(own)]
+    rows += [*_kept_rows(own), *_cold_rows(own), *_own_rows(own)]
     peers = ((ray, "Ray Train", RATIOS), (torchft, "torchft", {"process killed": TORCHFT_RATIO}))
     for other, name, goals in peers:
         rows += _peer_rows(own, other or {"samples": []}, name, goals)
     return rows
 
 
-def _kept_rows(samples: list[dict[str, Any]]) -> list[Row]:
-    """Events, survivors, steps: what came through, and what did not."""
-    rows = [Row("events survived", sum(s["recovered"] for s in samples) / len(samples), "share", 1.0, reason=WHY)]
+def _kept_rows(own: dict[str, Any]) -> list[Row]:
+    """Events, survivors, steps: what came through, and what did not, or was not tried any more."""
+    samples = own["samples"]
+    rows = [Row("events survived", sum(s["recovered"] for s in samples) / own["planned"], "share", 1.0, reason=WHY)]
     faults = [s for s in samples if s.get("survivors")]
     if faults:
         kept = sum(s["survivors_kept"] for s in faults) / sum(s["survivors"] for s in faults)
@@ -137,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     write_result(options.output, {"own": own, **found}, measured, rows)
     print(show(rows))
+    if own["broken_off"]:
+        print(f"error: broken off: {own['broken_off']}", file=sys.stderr)
+        return ConcertinaError.exit_code
     return 0
 
 

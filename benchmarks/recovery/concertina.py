@@ -124,7 +124,8 @@ class EventWatch(Watch):
 
 
 def measure(events: int, kinds: Sequence[str], layout: str, bound_s: float, keep: Path | None) -> dict[str, Any]:
-    """Samples of every kind, what the coordinator said, and why there are no more events; None when all were made.
+    """Samples of every kind, what the coordinator said, how many samples were planned, and why there are fewer; None
+    when there are not.
 
     Raises UserError when the run does not begin: then there is nothing to break.
     """
@@ -153,7 +154,8 @@ def measure(events: int, kinds: Sequence[str], layout: str, bound_s: float, keep
             nodes.shutdown()
         finally:
             end_descendants(timedelta(seconds=10))
-    return {"samples": samples, "recoveries": said, "broken_off": broken_off}
+    planned = 2 * events * len(kinds)  # each with the join after it
+    return {"samples": samples, "recoveries": said, "planned": planned, "broken_off": broken_off}
 
 
 def _event(run: Run, watch: EventWatch, nodes: Nodes, roster: Roster, kind: str, number: int) -> list[dict[str, Any]]:
@@ -219,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer = {"ray": version("ray"), "layout": options.layout, "sequences": SUBJECT.sequences}
     if found["broken_off"]:
         print(f"broken off: {found['broken_off']}", file=sys.stderr)
-    more = {name: found[name] for name in ("recoveries", "broken_off")}
+    more = {name: found[name] for name in ("recoveries", "planned", "broken_off")}
     print(json.dumps(document_of("Concertina", trainer, found["samples"]) | more, indent=1))
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from actors.conductor import Conductor
 from actors.evidence import Evidence
 from actors.hands import Member
 from actors.recruiter import Recruiter
+from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Halt, Prepare, RankError
 from concertina.elastic.states import RunState
@@ -58,7 +58,7 @@ class Judge:
         self.expelled: list[int] = []
         server: Any = self.channel
         server.expel = self.expelled.append
-        self.channel.heard = {m: SimpleNamespace(seconds=0.0, step=5, phase="step") for m in range(3)}  # type: ignore[misc]
+        self.channel.heard = {m: Silence(0.0, 5, "step", 0.0) for m in range(3)}
         hands: Any = self.hands
         made: Any = Conductor.__new__(Conductor)
         made.book, made.regrouping, made.journal = self.scene.book, self.scene.regrouping, self.scene.journal

@@ -43,14 +43,15 @@ class FakeHands:
 
 @dataclass
 class FakeServer:
-    """Seconds of silence of connected members, all at one step."""
+    """Seconds of silence of connected members, all at one step, begun so long before they were heard."""
 
+    progress_age_s: float = 0.0
     silent_s: dict[int, float] = field(default_factory=lambda: dict.fromkeys(range(3), 0.0))
     phase: str = "step"
     step: int = 5
 
     def silences(self) -> dict[int, Silence]:
-        return {member: Silence(seconds, self.step, self.phase, 0.0) for member, seconds in self.silent_s.items()}
+        return {m: Silence(s, self.step, self.phase, self.progress_age_s) for m, s in self.silent_s.items()}
 
 
 class Scene:
@@ -133,6 +134,32 @@ def test_silence_in_a_world_that_goes_on_is_only_slowness(scene: Scene) -> None:
         scene.server.step += 1
         scene.server.silent_s[1] += SILENCE_S - 0.5
         assert scene.lost() == []
+
+
+def test_a_world_stands_still_since_its_last_step_not_since_that_was_seen(scene: Scene) -> None:
+    scene.lost()
+    scene.now += 10.0
+    scene.server.step, scene.server.progress_age_s = 6, 0.2
+    scene.server.silent_s[1] = 0.1
+    assert scene.lost() == [], "its peers made that step 0.2 s ago; it was heard 0.1 s ago"
+    scene.now += SILENCE_S - 0.15
+    scene.server.silent_s[1] = SILENCE_S - 0.05
+    assert scene.lost() == []
+    scene.now += 0.1
+    scene.server.silent_s[1] = SILENCE_S + 0.05
+    assert [loss.member for loss in scene.lost()] == [1]
+
+
+def test_the_next_look_is_due_when_a_silence_will_mean_more(scene: Scene) -> None:
+    """The conductor does not wait out its turn then."""
+    scene.server.silent_s[1] = 0.9 * SILENCE_S / 2
+    scene.lost()
+    assert scene.evidence.due_s == pytest.approx(0.1 * SILENCE_S / 2)
+    assert scene.silent(1, 0.95 * SILENCE_S) == []
+    assert scene.evidence.due_s == pytest.approx(0.05 * SILENCE_S)
+    scene.server.silent_s[1] = 0.0
+    scene.lost()
+    assert scene.evidence.due_s == SILENCE_S / 2, "nobody is silent"
 
 
 def test_a_process_that_stands_still_is_lost_once_it_is_suspected(scene: Scene) -> None:

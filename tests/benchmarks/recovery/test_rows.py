@@ -33,8 +33,9 @@ MISSED_FAULT = {"kind": "node frozen", "recovered": False, "survivors": 3, "surv
 MISSED_JOIN = {"kind": "join", "recovered": False, "of": "node"}
 
 
-def rows(*samples: dict[str, Any], ray: Any = None, torchft: Any = None) -> dict[str, Row]:
-    found = rows_of({"samples": list(samples)}, ray, torchft)
+def rows(*samples: dict[str, Any], planned: int | None = None, ray: Any = None, torchft: Any = None) -> dict[str, Row]:
+    own = {"samples": list(samples), "planned": len(samples) if planned is None else planned}
+    found = rows_of(own, ray, torchft)
     assert len({row.name for row in found}) == len(found)
     return {row.name: row for row in found}
 
@@ -64,6 +65,11 @@ def test_what_did_not_recover_counts_and_has_no_numbers() -> None:
     nothing = rows(MISSED_FAULT, MISSED_JOIN)
     assert set(nothing) == {"events survived", "survivors kept, same process and engine"}
     assert nothing["events survived"].value == 0.0
+
+
+def test_events_that_were_not_made_have_not_survived() -> None:
+    found = rows(fault("process killed", 0.2), join("process", 0.3, 9.0), planned=8)
+    assert (found["events survived"].value, found["events survived"].met) == (0.25, False)
 
 
 def test_one_survivor_less_misses_the_goal() -> None:
