@@ -59,7 +59,7 @@ def _result_rows(path: Path) -> Iterator[str]:
         met = "yes" if row["met"] else f"no: {row.get('reason') or 'no reason given'}"
         measured, goal = _number(row["value"], row["unit"]), _number(row["goal"], row["unit"])
         goal = f"at most {goal}" if row.get("at_most") else goal
-        link = f"[{len(row['samples'])}](benchmarks/results/{path.name})"
+        link = f"[{len(row['samples']) or 'file'}](benchmarks/results/{path.name})"
         cells = [f"{what}: {row['name']}", measured, goal, met, f"{hardware}, {month[:4]}-{month[4:]}", commit, link]
         yield f"| {' | '.join(cells)} |"
 
@@ -82,7 +82,8 @@ def axes_table(folder: Path = RESULTS) -> str:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:.2f} x" if unit == "ratio" else f"{value:,.4g} {unit}"
+    known = {"ratio": f"{value:.2f} x", "share": f"{100 * value:.4g} %"}
+    return known.get(unit, f"{value:,.4g} {unit}")
 
 
 # -- docs/ownership.md: bounds --------------------------------------------------------------------------------------
