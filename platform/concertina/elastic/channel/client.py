@@ -1,6 +1,6 @@
 """How does a member tell the coordinator everything exactly once, although either may be away for a while?
 
-One supervisor thread owns the connection: it beats five times a second, sends what is queued, keeps it until it is
+One supervisor thread owns the connection: it beats four times a second, sends what is queued, keeps it until it is
 acknowledged, and looks for the coordinator again when the connection breaks. The training thread only queues.
 """
 
@@ -38,7 +38,7 @@ __all__ = ["BEAT_S", "ChannelClient"]
 
 log = logging.getLogger("concertina.channel")
 
-BEAT_S = 0.2
+BEAT_S = 0.25
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _MESSAGES_AT_ONCE = 64
 
