@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import queue
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -35,6 +37,7 @@ __all__ = ["WAYS", "main", "measure", "rows_of"]
 RANKS, STEPS_A_TURN = 4, 4
 NODES = ["a", "a", "b", "b"]
 TIMEOUT = timedelta(seconds=300)
+MOST_MINUTES = 60
 GOAL = 0.98
 MIXTRAL_8X22B = 12 * 141e9 / (6 * 39e9 * 4e6)
 """Bytes of state over FLOP of a step: 141 B parameters, 39 B of them active, 4 M tokens."""
@@ -123,7 +126,10 @@ def job_at(tokens: int) -> Job:
 
 
 def measure(jobs: dict[str, Job], rounds: int) -> Samples:
-    """Seconds a step of every way, of the slowest rank, one case after the other; a round of warm-up."""
+    """Seconds a step of every way, of the slowest rank, one case after the other; a round of warm-up.
+
+    Raises UserError when a rank ends without an answer.
+    """
     from concertina.parallel.groups import make_store
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -134,7 +140,7 @@ def measure(jobs: dict[str, Job], rounds: int) -> Samples:
     for process in ranks:
         process.start()
     try:
-        found = [answers.get(timeout=3600) for _ in ranks]
+        found = [_answer(answers, ranks) for _ in ranks]
     finally:
         for process in ranks:
             process.join(10)
@@ -144,6 +150,15 @@ def measure(jobs: dict[str, Job], rounds: int) -> Samples:
                for name in found[0][case]}
         for case in jobs
     }  # fmt: skip
+
+
+def _answer(answers: Any, ranks: Sequence[Any]) -> dict[str, dict[str, list[float]]]:
+    for _ in range(MOST_MINUTES * 60):
+        with suppress(queue.Empty):
+            return answers.get(timeout=1.0)  # type: ignore[no-any-return]
+        if failed := [process.name for process in ranks if process.exitcode]:
+            raise UserError(f"{', '.join(failed)} ended without an answer")
+    raise UserError(f"no answer in {MOST_MINUTES} minutes")
 
 
 def _rank(rank: int, port: int, jobs: dict[str, Job], rounds: int, answers: Any) -> None:
@@ -206,9 +221,11 @@ def _engine(rank: int, store: Any, generation: int, job: Job, way: str) -> tuple
 
 def _turn(engine: Any, copies: WholeState | None, updating: list[float], first: int) -> tuple[float, float, float]:
     """Seconds of one step of a turn; of these, waiting for copies and updating them."""
+    from concertina.parallel.groups import SECONDS
+
     engine.confirm()  # all begin together
     updating.clear()
-    waits = copies or engine.share.seconds
+    waits = copies or engine.groups[SECONDS].tap
     waited, began = waits.waited_s, time.perf_counter()
     for _ in range(STEPS_A_TURN):
         engine.train_step(engine.applied + 1)

@@ -81,10 +81,10 @@ def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str,
         life.reports.clear()
         life.readings.clear()
         life.applied_in.clear()
+        if looks:  # before the others go on: they wait for this one no longer than gloo does
+            wait_until(lambda: not gloo_keeps_something(), bound_s=60)
         store.set(f"done/{number}/{rank}", "")
         store.wait([f"done/{number}/{each}" for each in range(WORLD)])
-        if looks:
-            wait_until(lambda: not gloo_keeps_something(), bound_s=60)
         if not gloo_keeps_something():
             threads.append(len(os.listdir("/proc/self/task")))
             descriptors.append(len(os.listdir("/proc/self/fd")))
