@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from concertina.config import Job
+from concertina.elastic.account import TRAINING, Account, Bucket
 from concertina.track.events import Event, EventType, read_events
 from concertina.track.recovery import MemberNews, MemberWhat, Recovery
 
@@ -48,6 +49,32 @@ class _Window:
 
 
 @dataclass
+class _Goodput:
+    """The session's share of productive seconds up to now: the ledger as it was last written, and on from there.
+
+    The ledger is written every half minute and when the membership changes; what a step waits for its peers is known
+    to the ledger alone, so steps since then count as productive as those before them were.
+    """
+
+    account: Account = field(default_factory=Account)
+    written_ns: int = 0
+    step_s: float = 0.0
+    """Member-seconds of steps since then."""
+
+    def write(self, event: Event) -> None:
+        self.account, self.written_ns, self.step_s = Account.from_json(event.data), event.ts_ns, 0.0
+
+    def at(self, event: Event, world: int, waited_s: float) -> float:
+        """`waited_s` is how long each of `world` has lived; it counts where there is no ledger yet."""
+        account = self.account
+        trained_s = sum(account.of(bucket) for bucket in TRAINING)
+        share = account.of(Bucket.PRODUCTIVE) / trained_s if trained_s else 1.0
+        since_s = (event.ts_ns - self.written_ns) / 1e9 if self.written_ns else waited_s
+        productive_s = account.of(Bucket.PRODUCTIVE) + share * self.step_s
+        return min(1.0, productive_s / max(account.total_s + since_s * world, productive_s, 1e-9))
+
+
+@dataclass
 class Progress:
     """Follows one run's events.jsonl from where it stands and prints what is worth a line to `stream`."""
 
@@ -56,10 +83,9 @@ class Progress:
     world: int
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     offset: int = 0
-    productive_s: float = 0.0
+    has_trained: bool = False
     started: float = field(default_factory=time.monotonic)
-    goodput: float | None = None
-    """By the ledger, once there is one."""
+    _goodput: _Goodput = field(default_factory=_Goodput)
     _window: _Window = field(default_factory=_Window)
     _moving: bool = False
 
@@ -118,7 +144,7 @@ class Progress:
         if event.type in (EventType.GENERATION, EventType.START):
             self.world = int(data.get("world") or self.world)
         elif event.type == EventType.LEDGER:
-            self.goodput = float(data["goodput"])
+            self._goodput.write(event)
         elif event.type == EventType.RECOVERY:
             recovery = Recovery.from_json(data)
             self.world = recovery.world_after
@@ -127,7 +153,7 @@ class Progress:
         elif event.type == EventType.MEMBER:
             news = MemberNews.from_json(data)
             # All are born at the beginning and leave at the end; a thousand lines would say nothing.
-            is_change = news.reason if news.what is MemberWhat.LEFT else self.productive_s > 0
+            is_change = news.reason if news.what is MemberWhat.LEFT else self.has_trained
             if is_change or news.what is MemberWhat.LOST:
                 return str(news)
             self.wait(str(news))
@@ -137,12 +163,11 @@ class Progress:
         data, step = event.data, event.step or 0
         training = self.job.training
         self._window.add(data)
-        self.productive_s += float(data.get("step_s", 0.0))
+        self.has_trained = True
+        self._goodput.step_s += float(data.get("step_s", 0.0)) * self.world
         rate = self._window.tokens / self._window.seconds if self._window.seconds else 0.0
         remaining = (training.steps - step) * self._window.seconds / self._window.steps
-        goodput = self.goodput
-        if goodput is None:
-            goodput = self.productive_s / max(self.productive_s, time.monotonic() - self.started)
+        goodput = self._goodput.at(event, self.world, time.monotonic() - self.started)
         line = (
             f"step={step}/{training.steps} loss={float(data['loss']):.4f} lr={float(data['learning_rate']):.2e} "
             f"grad_norm={float(data['grad_norm']):.2f} tok/s={format_tokens(rate)} world={self.world} "

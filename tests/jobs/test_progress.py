@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +49,6 @@ def test_a_run_that_loses_and_gains_a_member(folder: RunFolder) -> None:
         news(log, 4, MemberWhat.BORN)
         news(log, 4, MemberWhat.SPARE)
         log.append(EventType.RECOVERY, replace(RECOVERY, world_before=3, world_after=4).to_json(), step=17)
-        seconds = {Bucket.PRODUCTIVE: 84.0, Bucket.STARTING: 16.0}
-        log.append(EventType.LEDGER, Account(seconds, 100).to_json(), step=29)
         log.append(EventType.STEP, step_data(30), step=30)
         news(log, 1, MemberWhat.LEFT, "its node will go")
         for member in (0, 3, 4):
@@ -68,7 +67,35 @@ def test_a_run_that_loses_and_gains_a_member(folder: RunFolder) -> None:
     steps = [line for line in lines if line.startswith("step=")]
     assert ["world=4" in line for line in steps] == [True, False, True]
     assert "world=3" in steps[1]
-    assert "goodput=0.84 " in steps[2]
+
+def test_goodput_goes_on_from_the_ledger(folder: RunFolder) -> None:
+    """A ledger at second 10 with nothing productive yet, one at second 40; four members, steps of 9 seconds."""
+    halves = {Bucket.PRODUCTIVE: 60.0, Bucket.EXPOSED_COMMUNICATION: 20.0, Bucket.STARTING: 80.0}
+    seconds = []
+    with EventLog(folder.events_file, folder.run_id) as log:
+        for second, account, steps in (
+            (10, Account({Bucket.STARTING: 40.0}, 40), ()),
+            (20, None, (10,)),
+            (30, None, (20,)),
+            (40, Account(halves, 160), ()),
+            (50, None, (30,)),
+        ):
+            if account is not None:
+                log.append(EventType.LEDGER, account.to_json())
+            for step in steps:
+                log.append(EventType.STEP, step_data(step, step_s=9.0), step=step)
+            seconds.append(second)
+    happened_at(folder, seconds)
+    told_goodput = [line.split("goodput=")[1].split()[0] for line in told(folder)]
+    # 36 of 80 member-seconds; 72 of 120; then three quarters of a step are productive, as before: 60 + 27 of 200
+    assert told_goodput == ["0.45", "0.60", "0.43"]
+
+
+def happened_at(folder: RunFolder, seconds: list[int]) -> None:
+    """Event by event."""
+    events = [json.loads(line) for line in folder.events_file.read_text().splitlines()]
+    lines = [json.dumps({**event, "ts_ns": s * 10**9}) for event, s in zip(events, seconds, strict=True)]
+    folder.events_file.write_text("\n".join(lines) + "\n")
 
 
 def test_who_is_lost_before_the_first_step_is_told(folder: RunFolder) -> None:
