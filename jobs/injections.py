@@ -15,9 +15,16 @@ from jobs.progress import Progress
 if TYPE_CHECKING:
     from infra.cluster_access import ClusterAccess
 
-__all__ = ["break_on_purpose"]
+__all__ = ["break_on_purpose", "get_ready_to_break"]
 
 _BORN_S = 0.2
+
+
+def get_ready_to_break() -> None:
+    """Before anybody is polled: a handle of a member imports what a member does, torch too, and on a busy machine a
+    driver that imports is silent for longer than a coordinator waits for it."""
+    import actors.agent
+    import actors.rank  # noqa: F401
 
 
 def break_on_purpose(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from concertina.config import Job
 from concertina.elastic.chaos import Injection
 from concertina.errors import UserError
-from jobs.injections import break_on_purpose
+from jobs.injections import break_on_purpose, get_ready_to_break
 from jobs.preparation import Prepared, forget
 from jobs.progress import Progress
 from jobs.signals import Signals
@@ -49,6 +49,8 @@ def run_session(
     with ExitStack() as stack:
         try:
             with Signals.raised():
+                if injections:
+                    get_ready_to_break()
                 access = stack.enter_context(_cluster(prepared.job, place, progress))
                 access.connect(f"concertina-{prepared.folder.run_id}")
             import ray
