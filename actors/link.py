@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from actors.rank_log import Stamp
 from actors.strike import Fuse
 from concertina.elastic.channel.client import ChannelClient
-from concertina.elastic.messages import Committed, Control, Message, encode
+from concertina.elastic.messages import Committed, Control, Message, TimeSpent, encode
+from concertina.elastic.timesheet import Timesheet
 from concertina.elastic.waits import BOUNDS
 from concertina.train.loop import CHECKPOINT, REGROUP, STOP, Overtaken
 
-__all__ = ["RankLink"]
+__all__ = ["SAY_TIME_EVERY_S", "RankLink"]
 
 log = logging.getLogger("concertina.rank")
+
+SAY_TIME_EVERY_S = 1.0
+"""How often a member that trains says where its time goes: what its death leaves to be guessed."""
 
 
 class RankLink:
@@ -27,6 +32,7 @@ class RankLink:
         self._phase = ""
         self._control = Control()
         self._asked_checkpoint = False
+        self._said_s = -SAY_TIME_EVERY_S
 
     def obey(self, control: Control) -> None:
         """The coordinator's word, from the channel's thread. Which step boundary it counts for the first rank says."""
@@ -56,6 +62,14 @@ class RankLink:
 
     def send(self, message: Message) -> None:
         self.client.send(encode(message), at_once=not isinstance(message, Committed))  # one a step, and no hurry
+
+    def spent(self, sheet: Timesheet) -> None:
+        """Without it, all the time since a member's last change of seats would count as such, were it to die now."""
+        now = time.monotonic()
+        if now - self._said_s < SAY_TIME_EVERY_S:
+            return
+        self._said_s = now
+        self.client.send(encode(TimeSpent(self.stamp.member, sheet.totals(), sheet.current.value)), at_once=False)
 
     def come_to(self, step: int, phase: str) -> None:
         """A moment at which somebody may want this process to break. Otherwise nothing."""

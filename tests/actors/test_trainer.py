@@ -3,6 +3,7 @@ coordinator that nobody reaches."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch.distributed as dist
 
 from actors.assignment import Assignment, RunPlan
-from actors.link import RankLink
+from actors.link import SAY_TIME_EVERY_S, RankLink
 from actors.rank_log import Stamp
 from actors.trainer import Trainer
 from concertina.data.prepare import prepare
 from concertina.elastic.channel.client import ChannelClient
-from concertina.elastic.messages import Halted, Keep, Message, Move, Prepare, RankError, decode, encode
+from concertina.elastic.messages import Halted, Keep, Message, Move, Prepare, RankError, TimeSpent, decode, encode
 from concertina.layout import Layout, Seating
 from concertina.state.manifest import partial_folder
 from tests.train.worlds import tiny_job
@@ -66,6 +67,21 @@ def test_who_keeps_its_state_says_that_it_writes(trainer: Trainer) -> None:
     assert trainer.link.phases == ["checkpoint", "halted"]  # type: ignore[attr-defined]
     folder = partial_folder(trainer.seat.plan.checkpoints, 0, 5)
     wait_until(lambda: any(folder.glob("part-*.json")))
+
+
+def test_who_trains_says_where_its_time_goes_now_and_then(trainer: Trainer) -> None:
+    link, sheet = trainer.link, trainer.loop.sheet
+    for _ in range(3):
+        sheet.begin_step()
+        time.sleep(0.01)
+        sheet.end_step()
+        link.spent(sheet)
+    (said,) = link.said(TimeSpent)  # type: ignore[attr-defined]
+    assert (said.member, said.inside) == (0, "productive")
+    assert said.seconds["productive"] >= 0.01
+    link._said_s -= SAY_TIME_EVERY_S
+    link.spent(sheet)
+    assert len(link.said(TimeSpent)) == 2  # type: ignore[attr-defined]
 
 
 def test_no_room_for_a_copy_ends_nobody(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:

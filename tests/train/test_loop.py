@@ -14,6 +14,7 @@ import pytest
 
 from concertina.config import Job
 from concertina.elastic.messages import AnomalySeen, Committed, Evaluated, Finished, Message, PartWritten, RolledBack
+from concertina.elastic.timesheet import Timesheet
 from concertina.layout import Layout
 from concertina.state.manifest import checkpoint_folder, commit, list_checkpoints, read_manifest, verify
 from concertina.train.loop import CHECKPOINT, REGROUP, STOP, Loop, Overtaken
@@ -40,6 +41,9 @@ class Recorder:
 
     def progress(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
+
+    def spent(self, sheet: Timesheet) -> None:
+        pass
 
     def send(self, message: Message) -> None:
         self.sent.append(message)

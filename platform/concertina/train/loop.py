@@ -60,6 +60,9 @@ class Link(Protocol):
     def progress(self, step: int, phase: str) -> None:
         """Say where the training thread is; heartbeats carry it. Raises Overtaken when it has to leave."""
 
+    def spent(self, sheet: Timesheet) -> None:
+        """A step has been done; now and then it is said where all time went until then."""
+
 
 @dataclass
 class _Clock:
@@ -162,6 +165,7 @@ class Loop:
         self.sheet.add(Bucket.EXPOSED_COMMUNICATION, groups.waited_s - waited_s)
         self.sheet.add(Bucket.SNAPSHOT_STALL, seconds.waited_s - exchanged_s)
         self.sheet.end_step()
+        self.link.spent(self.sheet)
         return result
 
     def note(self, result: StepResult | None) -> StepResult | None:

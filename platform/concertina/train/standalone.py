@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from concertina.config import Job, load_job
 from concertina.data import TokenCorpus, prepare
 from concertina.elastic.messages import Committed, Evaluated, Message
+from concertina.elastic.timesheet import Timesheet
 from concertina.errors import UserError
 from concertina.layout import Layout, check_job, check_trainable, kv_copies
 from concertina.model.host_memory import keep_freed_memory
@@ -56,6 +57,9 @@ class PrintingLink:
                 file.write(json.dumps({"step": message.step, **message.metrics}) + "\n")
 
     def progress(self, step: int, phase: str) -> None:
+        pass
+
+    def spent(self, sheet: Timesheet) -> None:
         pass
 
 
