@@ -19,12 +19,9 @@ from concertina.model import loss as loss_module
 from concertina.parallel.groups import Group
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, plainest, record_drops, seated_engine, tiny_job
+from tests.train.worlds import Degrees, engine_on, layout_of, plainest, record_drops, seated_engine, tiny_job
 
 pytestmark = pytest.mark.dist
-
-Degrees = tuple[int, int, int, int]
-"""World, tp, ep, etp."""
 
 TESTED: list[Degrees] = [
     (2, 2, 1, 1),  # each axis alone
@@ -66,8 +63,7 @@ def all_degrees(most_ranks: int) -> list[Degrees]:
 def gradients_of(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str = "") -> dict[str, Any]:
     """This rank's pieces of the summed gradients of step 1, what two steps and a validation say, and what
     all of it dropped."""
-    world, tp, ep, etp = degrees
-    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    engine = engine_on(job, layout_of(degrees), rank, store)
     drops = record_drops(engine)
     _mutate(engine, mutation)
     engine._forward_backward(1)
@@ -184,9 +180,8 @@ def test_lanes_with_unequal_rows_of_the_vocabulary_take_the_same_chunks(tied: bo
 
 def weights_in_bfloat16(rank: int, store: Any, changes: dict[str, Any], degrees: Degrees) -> dict[str, Any]:
     """After three steps: every weight's box and the bits in it."""
-    world, tp, ep, etp = degrees
     job = odd_job(training__precision="bfloat16", **changes)
-    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    engine = engine_on(job, layout_of(degrees), rank, store)
     for step in (1, 2, 3):
         engine.train_step(step)
     engine.settle()

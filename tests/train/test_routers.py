@@ -25,9 +25,9 @@ from concertina.state.manifest import checkpoint_folder
 from concertina.train.engine import Engine
 from concertina.train.loop import STOP
 from tests.distributed import on_ranks
-from tests.train.test_layouts import Degrees, assemble, check, gradients_of, odd_job, one_process
+from tests.train.test_layouts import assemble, check, gradients_of, odd_job, one_process
 from tests.train.test_loop import losses, run
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import Degrees, engine_on, tiny_job
 
 pytestmark = pytest.mark.dist
 

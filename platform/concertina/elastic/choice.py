@@ -35,7 +35,7 @@ def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
     most = min(members, job.cluster.num_workers)
     if most < 1:
         raise CapacityError("no member is left to train on: add nodes and resume", members=members)
-    wanted = job.layout.model_dump(exclude={"sequence_parallel"})
+    wanted = job.layout.degrees
     check_trainable(Layout(wanted["pp"] * wanted["cp"], pp=wanted["pp"], cp=wanted["cp"]))
     for world in range(most, 0, -1):
         found = _nearest(job, world, wanted)

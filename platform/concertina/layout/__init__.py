@@ -11,6 +11,7 @@ from concertina.layout.buckets import (
     segment_length,
     split_dim,
 )
+from concertina.layout.chunks import Exchange, chunks, chunks_size, travels_in_ring
 from concertina.layout.draw import draw
 from concertina.layout.fit import check_job, check_trainable, fits
 from concertina.layout.fold import Layout
@@ -27,6 +28,7 @@ __all__ = [
     "STAGE",
     "Axis",
     "Box",
+    "Exchange",
     "Fill",
     "Grid",
     "HeadCut",
@@ -37,6 +39,8 @@ __all__ = [
     "Slot",
     "check_job",
     "check_trainable",
+    "chunks",
+    "chunks_size",
     "cut",
     "cut_heads",
     "draw",
@@ -49,4 +53,5 @@ __all__ = [
     "segments",
     "shards",
     "split_dim",
+    "travels_in_ring",
 ]

@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[Axis, ...]] = {
     "cp": (Axis.CP,),
     "dp": (Axis.DP,),
     "dp_cp": (Axis.DP, Axis.CP),
+    "tp_cp": (Axis.TP, Axis.CP),
     "pp": (Axis.PP,),
     "ep": (Axis.EP,),
     "etp": (Axis.ETP,),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from concertina.errors import LayoutError
-from concertina.layout.axis import Axis
 from concertina.layout.fold import Layout
 from concertina.layout.refusals import Degrees, Fault, misfits, world_faults
 
@@ -17,12 +16,10 @@ __all__ = ["check_job", "check_trainable", "fits"]
 
 
 def check_trainable(layout: Layout) -> None:
-    """Raises LayoutError for what can be laid out and not be trained yet: pipelines and context parallelism."""
-    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP) if layout.degree(axis) > 1]
-    if wanted:
+    """Raises LayoutError for what can be laid out and not be trained yet: pipelines."""
+    if layout.pp > 1:
         raise LayoutError(
-            f"the engine does not train {' '.join(wanted)} yet: set layout.pp and cp to 1 "
-            "(`concertina layout` draws any of them)"
+            f"the engine does not train pp={layout.pp} yet: set layout.pp to 1 (`concertina layout` draws any)"
         )
 
 
@@ -31,7 +28,7 @@ def check_job(job: Job) -> Layout:
 
     Raises LayoutError with every misfit: `data["problems"]` the lines, `data["keys"]` the job file's key of each.
     """
-    world, degrees = job.cluster.num_workers, job.layout.model_dump(exclude={"sequence_parallel"})
+    world, degrees = job.cluster.num_workers, job.layout.degrees
 
     def faults(degrees: Degrees) -> list[Fault]:
         return [*world_faults(world, degrees), *_shape_faults(job.model, job.data.sequence_length, degrees)]

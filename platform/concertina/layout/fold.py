@@ -86,7 +86,7 @@ class Layout:
         return self.grid(axis).coordinate(rank, axis)
 
     def groups(self, name: str) -> list[list[int]]:
-        """Every group called `name` (tp cp dp dp_cp dp_cp_tp pp ep etp edp etp_ep): each rank is in one."""
+        """Every group called `name` (tp cp dp dp_cp tp_cp dp_cp_tp pp ep etp edp etp_ep): each rank is in one."""
         axes = _AXES[name]
         return self.grid(*axes).groups(axes)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from concertina.config import ModelConfig
+from concertina.config import LayoutConfig, ModelConfig
 from concertina.layout import shards
 from concertina.model.block import Block
 from concertina.model.loss import IGNORED, Vocabulary, cross_entropy_sum
@@ -22,8 +22,10 @@ from concertina.model.norm import ResidualNorm
 from concertina.model.parameters import Build, Part, made
 from concertina.model.rope import rotation
 from concertina.model.router import Router, Routing
+from concertina.model.sight import Sight
 from concertina.model.span import Place, Span
 from concertina.parallel.capacity import Capacity
+from concertina.parallel.context import Context
 from concertina.parallel.dispatch import Dispatcher
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
@@ -100,14 +102,16 @@ class Decoder(nn.Module):
         device: torch.device,
         groups: Groups,
         seed: int,
-        sequence_parallel: bool = True,
+        how: LayoutConfig | None = None,
         initial: bool = True,
     ) -> None:
+        """Of `how` (absent: the defaults) only what is no degree is read."""
         super().__init__()
+        how = how or LayoutConfig()
         self.model = model
         self.shards = shards(model, groups.layout, groups.rank)
-        lanes = Lanes(groups["tp"], sequence_parallel)
-        build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes, initial)
+        lanes, context = Lanes(groups["tp"], how.sequence_parallel), Context(groups["cp"], how.context_exchange)
+        build = Build(model, dtype, torch.device(device), seed, self.shards, groups, lanes, context, initial)
         self.build = build
         self.capacity = Capacity(model, groups, lanes) if model.capacity.factor is not None else None
         dispatcher = Dispatcher(model.num_experts, groups)
@@ -135,45 +139,53 @@ class Decoder(nn.Module):
         for router, counts_E in zip(self.routers(), expert_counts_LE, strict=True):
             router.balance(counts_E)
 
-    def span(self, tokens_BS: Tensor, tokens_B: Tensor, place: Place | None = None) -> Span:
-        """Which of the micro-batch's tokens this lane holds between products."""
-        num_sequences, length = tokens_BS.shape
-        start, stop = self.build.lanes.share(tokens_BS.numel())
+    def span(self, length: int, tokens_B: Tensor, place: Place | None = None) -> Span:
+        """Which tokens of a micro-batch of sequences of `length` this lane holds between products."""
+        num_sequences = len(tokens_B)
+        positions = self.build.context.positions(length, tokens_B.device)
+        start, stop = self.build.lanes.share(num_sequences * len(positions))
         quota = None
         if self.capacity is not None and place is not None:
-            quota = self.capacity.quota(num_sequences, length, tokens_BS.device, place.peers)
-        return Span(num_sequences, length, start, stop, tokens_B, place, quota)
+            quota = self.capacity.quota(num_sequences, length, tokens_B.device, place.peers)
+        return Span(length, positions, start, stop, tokens_B, place, quota)
 
-    def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
+    def sight(self, span: Span, starts_BS: Tensor | None = None) -> Sight:
+        """What tokens see of their sequences."""
+        turn = rotation(span.positions_S, self.model.width_of_head, self.model.rope_theta, self.build.dtype)
+        return Sight(span.length, self.build.context, turn, starts_BS)
+
+    def hidden(self, tokens_BS: Tensor, span: Span, sight: Sight) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
-        x_RD = self.build.lanes.leave(self.embedding(tokens_BS.reshape(-1)))
-        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        turn = rotation(positions, self.model.width_of_head, self.model.rope_theta, self.build.dtype)
+        x_RD = self.build.lanes.leave(self.embedding(self.build.context.take(tokens_BS).reshape(-1)))
         routings = []
         for layer in self.layers:
-            x_RD, routing = layer(x_RD, span, turn)
+            x_RD, routing = layer(x_RD, span, sight)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x_RD), routings
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, V] in the model's dtype; for oracles and small batches, training never makes them all. Dropless.
-        With tp, a lane has its rows of the vocabulary."""
-        span = self.span(tokens_BS, torch.ones_like(tokens_BS[:, 0]))
-        x_RD, _ = self.hidden(tokens_BS, span)
+        With tp, a lane has its rows of the vocabulary; with cp, a rank its positions."""
+        span = self.span(tokens_BS.shape[1], torch.ones_like(tokens_BS[:, 0]))
+        x_RD, _ = self.hidden(tokens_BS, span, self.sight(span))
         x_TD = self.build.lanes.enter(x_RD, span.num_tokens)
-        return F.linear(x_TD, self.head.weight).view(*tokens_BS.shape, -1)
+        return F.linear(x_TD, self.head.weight).view(len(tokens_BS), len(span.positions_S), -1)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor, place: Place | None = None) -> ModelOutput:
-        """Tokens and targets: int64; a target of -100 is not predicted. All ranks of the stage must call it.
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor, place: Place | None = None, starts_BS: Tensor | None = None
+    ) -> ModelOutput:
+        """Tokens and targets of whole sequences: int64; a target of -100 is not predicted. All ranks of the stage must
+        call it, those of cp and tp with the same ones.
 
-        `place` is for training: without it nothing is random and no token is dropped.
+        `place` is for training: without it nothing is random and no token is dropped. `starts_BS`: where the document
+        of each position starts (int64, on the CPU), for tokens that see their own document only.
         """
         lanes = self.build.lanes
-        span = self.span(tokens_BS, (targets_BS != IGNORED).sum(1), place)
-        x_RD, routings = self.hidden(tokens_BS, span)
+        span = self.span(tokens_BS.shape[1], (targets_BS != IGNORED).sum(1), place)
+        x_RD, routings = self.hidden(tokens_BS, span, self.sight(span, starts_BS))
         x_TD = lanes.enter(x_RD, span.num_tokens)
-        loss, num_tokens = self.head(x_TD, targets_BS.reshape(-1))
+        loss, num_tokens = self.head(x_TD, self.build.context.take(targets_BS).reshape(-1))
         nothing = torch.zeros_like(loss)
         if not lanes.speaks:
             loss, num_tokens = loss - loss.detach(), torch.zeros_like(num_tokens)

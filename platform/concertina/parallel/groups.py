@@ -6,7 +6,7 @@ drop one generation's groups and form the next in the same process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +35,9 @@ __all__ = [
 
 KV = "dp_cp_kv"
 """Ranks that hold the same key-value heads: dp_cp, and the lanes of tp that share a head where tp exceeds them."""
+
+TP_CP = "tp_cp"
+"""Ranks that have tokens of the same sequences."""
 
 SECONDS = "seconds"
 """All ranks of the world, apart from it: what they send to their second owners waits for nothing else."""
@@ -164,7 +167,13 @@ def form_groups(
     members = {"world": world, SECONDS: world}
     members |= {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
     members[KV] = layout.neighbours_of(rank, lanes_of_kv_head)
+    # Where one of the axes is 1 the other's group has the same ranks: its sockets do for both, which take turns.
+    same = "tp" if layout.cp == 1 else "cp" if layout.tp == 1 else None
+    if same is not None:
+        del members[TP_CP]
     formed = _form(members, rank, "groups", store, options, wires or Wires())
+    if same is not None:
+        formed[TP_CP] = replace(formed[same], name=TP_CP, tap=Tap())
     return Groups(options.generation, layout, formed.pop("world"), formed)
 
 

@@ -307,7 +307,8 @@ class Engine:
         tokens, targets = view.read(ids or [0])
         if not ids:
             targets = torch.full_like(targets, IGNORED_TARGET)
-        return self.decoder(tokens.to(self.device), targets.to(self.device), place)
+        starts = view.starts(ids or [0]) if self.job.data.document_mask else None
+        return self.decoder(tokens.to(self.device), targets.to(self.device), place, starts)
 
     def _micro_batches(self, count: int, whole: int = 1) -> list[list[list[int]]]:
         """The sequences of every rank of dp, by number among `count`, in equally many pieces on every rank: peers of an
