@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.train.test_layouts import check
+from tests.distributed import on_ranks
+from tests.train.test_layouts import assemble, check, gradients_of, odd_job, one_process, worst_error
 from tests.train.worlds import Degrees
 
 pytestmark = pytest.mark.dist
@@ -59,3 +60,18 @@ def test_the_same_tokens_are_dropped(lanes: int, priority: str, sequences: int) 
 
 def test_noise_knows_positions_only() -> None:
     check((4, 2, 2, 1, 2), "float64", 1e-10, model__router_noise=True)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        "positions as if chunks were neighbours",
+        "gradients of keys stay where they are made",
+        "balance by this lane's counts",
+        "dp_cp",
+    ],
+)
+def test_a_mutation_is_seen(mutation: str) -> None:
+    degrees = (2, 1, 1, 1, 2)
+    found = assemble(on_ranks(gradients_of, 2, odd_job(), degrees, mutation))
+    assert worst_error(found, assemble([one_process("float64")]))[0] > 1e-6

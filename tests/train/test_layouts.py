@@ -16,7 +16,7 @@ from concertina.config import Job
 from concertina.errors import LayoutError
 from concertina.layout import Layout, check_job
 from concertina.model import loss as loss_module
-from concertina.parallel.groups import Group
+from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
 from tests.train.worlds import Degrees, engine_on, layout_of, plainest, record_drops, seated_engine, tiny_job
@@ -93,7 +93,13 @@ def _mutate(engine: Any, mutation: str) -> None:
             layer.moe.experts.w2.register_hook(lambda grad: grad / engine.layout.tp)
     elif mutation == "balance by this lane's counts":
         gate = engine.decoder.layers[1].moe.gate
-        gate.build = replace(gate.build, lanes=Lanes(Group.alone("tp")))
+        gate.build = replace(gate.build, groups=Groups.alone())
+    elif mutation == "positions as if chunks were neighbours":
+        context, positions = engine.decoder.build.context, engine.decoder.build.context.positions
+        context.positions = lambda *arguments: torch.arange(len(positions(*arguments)))
+    elif mutation == "gradients of keys stay where they are made":
+        context = engine.decoder.build.context
+        context.scatter = lambda x, length: torch.cat([x[start:stop] for start, stop in context.chunks(length)])
     else:
         assert not mutation, mutation
 
