@@ -14,12 +14,12 @@ import torch
 
 from concertina.config import Job
 from concertina.errors import LayoutError
-from concertina.layout import Layout, check_job
+from concertina.layout import ENDS, Layout, check_job
 from concertina.model import loss as loss_module
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import Degrees, engine_on, layout_of, plainest, record_drops, seated_engine, tiny_job
+from tests.train.worlds import Degrees, engine_on, layout_of, plainest, record_drops, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -97,6 +97,10 @@ def _mutate(engine: Any, mutation: str) -> None:
     elif mutation == "positions as if chunks were neighbours":
         context, positions = engine.decoder.build.context, engine.decoder.build.context.positions
         context.positions = lambda *arguments: torch.arange(len(positions(*arguments)))
+    elif mutation == "a shared embedding has the first stage's gradient only":
+        for bucket in engine.reducer.buckets:
+            if bucket.group.name == ENDS and bucket.group.rank:
+                bucket.accumulate = lambda name, grad, add=bucket.accumulate: add(name, torch.zeros_like(grad))
     elif mutation == "gradients of keys stay where they are made":
         context = engine.decoder.build.context
         context.scatter = lambda x, length: torch.cat([x[start:stop] for start, stop in context.chunks(length)])
@@ -205,12 +209,6 @@ def test_bfloat16_weights_are_the_same_bits_wherever_they_are_held(degrees: Degr
     assert max(map(len, held.values())) == degrees[0]
     for (name, _), pieces in held.items():
         assert all((piece == pieces[0]).all() for piece in pieces), name
-
-
-def test_what_is_only_laid_out_is_refused_by_the_engine_too() -> None:
-    for layout, text in [(Layout(2, pp=2), "pp=2"), (Layout(2, cp=2), "cp=2")]:
-        with pytest.raises(LayoutError, match=f"does not train {text}"):
-            seated_engine(tiny_job(), layout, 0).train_step(1)
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,9 @@ def misplaced(engine: Engine, view: Any, ids: list[int], place: Place | None = N
     return compute(engine, view, ids, replace(place, first=0) if place else None)
 
 
-compute = Engine._compute
+compute = Engine._batch
 MUTATIONS: dict[str, tuple[type, str, Callable[..., Any], Degrees, dict[str, Any]]] = {
-    "noise of the first micro-batch": (Engine, "_compute", misplaced, (2, 1, 1, 1), NOISY),
+    "noise of the first micro-batch": (Engine, "_batch", misplaced, (2, 1, 1, 1), NOISY),
     "a key-value head counted by every lane that has it": (
         *(Pieces, "total", lambda self, partial: all_reduce_sum(partial, self.group).finish()),
         *((4, 4, 1, 1), {"model__qk_norm": "full"}),

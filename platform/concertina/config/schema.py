@@ -294,7 +294,7 @@ class TrainingConfig(Section):
     global_batch_size: Positive = 16
     """Sequences a step, whatever the world."""
     micro_batch_size: Positive | None = None
-    """Sequences a rank computes at once; absent: all of its share."""
+    """Sequences a rank computes at once; absent: all of its share, on pipeline stages one (or a capacity group)."""
     precision: Precision = "float32"
     """Of weights and activations; `bfloat16` keeps fp32 master weights, `float64` exists for equality tests."""
     seed: NonNegative = 0
@@ -348,6 +348,11 @@ class LayoutConfig(Section):
     context_exchange: Literal["auto", "gather", "ring"] = "auto"
     """How keys and values get to the other ranks of cp: all at once, or from neighbour to neighbour, with no more than
     two pieces on a rank; `auto`: in a ring for sequences of 32,768 tokens and more."""
+
+    virtual_stages: Positive = 1
+    """Pieces of the model on each pipeline stage; more than one are interleaved: a smaller bubble for more messages."""
+    stage_layers: tuple[Positive, ...] | None = None
+    """Layers of each of the pp * virtual_stages pieces of the model; absent: as even as can be."""
 
     @property
     def degrees(self) -> dict[str, int]:

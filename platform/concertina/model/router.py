@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from concertina.model.choice import choose, moved, score, shares, weigh
+from concertina.model.choice import choose, score, shares, weigh
 from concertina.model.init import draw_normal, key_of
 from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
@@ -42,7 +42,7 @@ class Routing:
 class Router(Part):
     """Logits in at least fp32: rounding must not decide where a token goes.
 
-    `bias` is state, not a parameter: no gradient moves it, `balance` does.
+    `bias` is state, not a parameter: no gradient moves it, `Decoder.balance` does.
     """
 
     router: Tensor
@@ -104,14 +104,6 @@ class Router(Part):
         if lanes.replicated and not lanes.speaks:
             counts_E = torch.zeros_like(counts_E)
         return all_reduce_sum(counts_BE, groups["cp" if lanes.replicated else "tp_cp"]).finish(), counts_E
-
-    def balance(self, counts_E: Tensor) -> None:
-        """After an applied step whose global batch gave the experts `counts_E` tokens: move the bias, if there is one.
-
-        Every rank of the stage does it, with the same counts.
-        """
-        if self.bias is not None:
-            self.bias.copy_(moved(self.bias, counts_E.to(self.bias.device), self.build.model.router_bias_update_rate))
 
 
 def count_experts(ids_RK: Tensor, sequence_R: Tensor, num_sequences: int, num_experts: int) -> Tensor:

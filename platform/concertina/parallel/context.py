@@ -36,6 +36,10 @@ class Context:
         """How many positions of a sequence each rank has."""
         return [chunks_size(length, self.group.size, rank) for rank in range(self.group.size)]
 
+    def size(self, length: int) -> int:
+        """How many are here."""
+        return self.sizes(length)[self.group.rank]
+
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Those here: int64 [R], rising."""
         return torch.cat([torch.arange(*chunk, device=device) for chunk in self.chunks(length)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from concertina.layout import GROUPS, STAGE, Layout
+from concertina.layout import ENDS, GROUPS, STAGE, Layout
 from concertina.parallel.fence import Wires
 from concertina.parallel.forming import Call, Place
 from concertina.parallel.gloo import form_gloo
@@ -45,7 +45,7 @@ SECONDS = "seconds"
 CROWD = "crowd"
 """All members of a generation, spares too: state moves over it."""
 
-GROUP_NAMES = (*GROUPS, STAGE, KV, SECONDS)
+GROUP_NAMES = (*GROUPS, STAGE, KV, ENDS, SECONDS)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def form_groups(
     world = tuple(range(layout.world))
     members = {"world": world, SECONDS: world}
     members |= {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
-    members[KV] = layout.neighbours_of(rank, lanes_of_kv_head)
+    members |= {KV: layout.neighbours_of(rank, lanes_of_kv_head), ENDS: layout.ends_of(rank)}
     # Where one of the axes is 1 the other's group has the same ranks: its sockets do for both, which take turns.
     same = "tp" if layout.cp == 1 else "cp" if layout.tp == 1 else None
     if same is not None:
