@@ -30,7 +30,8 @@ def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
     """The layout of the largest world that fits the job and has at most `members` ranks, and why it is that one.
 
     Never more ranks than `cluster.num_workers`. Of the layouts of that world, the one whose degrees are the job's; else
-    the nearest below them (fewer cuts need less exchange, and more replicas), above them only where nothing else fits.
+    the nearest below them (fewer cuts need less exchange, and more replicas), above them only where nothing else fits,
+    and never more pipeline stages or chunks of a sequence.
     Memory is not looked at. Raises CapacityError without members, LayoutError where no world fits.
     """
     most = min(members, job.cluster.num_workers)
@@ -51,6 +52,8 @@ def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
 def _nearest(job: Job, world: int, wanted: Mapping[str, int]) -> dict[str, int] | None:
     """The degrees of `world` ranks that are nearest to the wanted ones, by the weight of axes; None where none fit."""
     by_distance = {axis: sorted(divisors(world), key=lambda value: _distance(value, wanted[axis])) for axis in CHOSEN}
+    for axis in ("pp", "cp"):
+        by_distance[axis] = [value for value in by_distance[axis] if value <= wanted[axis]]
     alone = dict.fromkeys(CHOSEN, 1)
     # Both grids are bound by the stage, the batch sees attention's alone: what experts refuse is found after it.
     for pp, tp, cp in product(*(by_distance[axis] for axis in ("pp", "tp", "cp"))):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,13 @@ def run(
     return _Run(decoder, plan, micro_batches, backward).steps()
 
 
+def _room(decoder: Decoder, micro_batches: Sequence[MicroBatch], number: int) -> Tensor:
+    """For what another stage sends of a micro-batch: [R, D]."""
+    num_sequences, length, _ = micro_batches[number]
+    rows, build = decoder.num_rows(num_sequences, length), decoder.build
+    return torch.empty(rows, build.model.hidden_size, dtype=build.dtype, device=build.device)
+
+
 class _Run:
     def __init__(
         self, decoder: Decoder, plan: Plan, micro_batches: Sequence[MicroBatch], backward: Backward | None
@@ -61,18 +69,11 @@ class _Run:
         self.decoder, self.plan, self.micro_batches, self.backward = decoder, plan, micro_batches, backward
         group = decoder.build.groups["pp"]
         self.actions = plan.actions[group.rank]
-        self.mailbox = Mailbox(group, plan, self._room)
+        self.mailbox = Mailbox(group, plan, partial(_room, decoder, micro_batches))
         self.uses = Counter(action.micro_batch for action in self.actions)
         self.left = Counter(action.piece for action in self.actions if action.direction == "backward")
         self.batches: dict[int, Batch] = {}
         self.graphs: dict[tuple[int, int], _Graph] = {}
-
-    def _room(self, number: int) -> Tensor:
-        """For what another stage sends of a micro-batch."""
-        build = self.decoder.build
-        num_sequences, length, _ = self.micro_batches[number]
-        rows = self.decoder.num_rows(num_sequences, length)
-        return torch.empty(rows, build.model.hidden_size, dtype=build.dtype, device=build.device)
 
     def steps(self) -> Iterator[tuple[Action, ModelOutput]]:
         for action in self.actions:
