@@ -17,7 +17,7 @@ from concertina.model.sight import Sight
 from concertina.parallel.context import Context
 from concertina.parallel.groups import Group
 from tests.allocations import recorded
-from tests.distributed import form, on_ranks
+from tests.distributed import form, on_ranks, run_distributed
 from tests.model.errors import error
 
 B, N, G, C = 2, 2, 3, 8
@@ -171,3 +171,34 @@ def test_memory_falls_with_cp() -> None:
     assert ring[1] < 0.55 * ring[0]
     for some, all_ in zip(ring, gathered, strict=True):
         assert all_ - some < 4 * length
+
+
+def long_attention(rank: int, store: Any, length: int) -> tuple[int, float]:
+    """Bytes at most, and the largest deviation of outputs from those written out, of some queries."""
+    context = Context(form(Layout(8, cp=8), rank, store, timeout_s=1200)["cp"])
+    assert context.travels_in_ring(length)
+    here, generator = context.positions(length, torch.device("cpu")), torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, length, 1, *n, C, generator=generator) for n in ((1,), (), ())]
+    q, k, v = (x[:, here].clone().requires_grad_() for x in whole)
+    sight = Sight(length, context, rotation(here, C, 1e4, torch.float32))
+    with recorded() as found:
+        out = attend_apart(q, k, v, sight)
+        out.square().sum().backward()
+    assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in (q, k, v))
+    worst = 0.0
+    for row in (0, len(here) // 2, len(here) - 1):
+        seen = slice(0, int(here[row]) + 1)
+        scores = (whole[1][0, seen, 0] @ whole[0][0, here[row], 0, 0]) / math.sqrt(C)
+        worst = max(worst, float((out[0, row, 0, 0] - scores.softmax(0) @ whole[2][0, seen, 0]).abs().max()))
+    return found.peak_bytes, worst
+
+
+@pytest.mark.dist
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_128k_tokens_over_eight_ranks() -> None:
+    """One layer's attention, one narrow head, forward and backward; no rank has more than a few pieces of it."""
+    length = 128 * 1024
+    for peak_bytes, worst in run_distributed(long_attention, 8, length, timeout_s=1500):
+        assert worst < 1e-5
+        assert peak_bytes < 32 * (length // 8) * 4 * C

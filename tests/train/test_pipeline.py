@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from concertina.config import Job
+from concertina.errors import LayoutError
+from concertina.layout import check_job
 from concertina.parallel.stages import Mailbox
 from concertina.schedule.pipeline import Action
 from tests.distributed import on_ranks
@@ -107,3 +111,44 @@ def test_a_mutation_is_seen(degrees: Degrees, mutation: str) -> None:
     changes = {"model__tie_word_embeddings": True}
     found = assemble(on_ranks(mutated, degrees[0], odd_job(**changes), degrees, mutation))
     assert worst_error(found, assemble([one_process("float64", **changes)]))[0] > 1e-6
+
+
+# -- samples of all of them -------------------------------------------------------------------------------------------
+
+
+def sampled(count: int, most_ranks: int) -> list[Degrees]:
+    """Layouts of a model of six layers, drawn with a fixed seed: all axes, interleaved, uneven."""
+    random, found = Random(5), []
+    while len(found) < count:
+        world = random.randint(1, most_ranks)
+        divisors = [d for d in range(1, world + 1) if world % d == 0]
+        pp, tp, cp, ep, etp = (random.choice(divisors) for _ in range(5))
+        virtual = random.randint(1, 3) if pp > 1 else 1
+        stages: tuple[int, ...] = ()
+        if pp * virtual <= 6 and random.random() < 0.5:
+            edges = sorted(random.sample(range(1, 6), pp * virtual - 1))
+            stages = tuple(b - a for a, b in pairwise((0, *edges, 6)))
+        layout = {"pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp, "virtual_stages": virtual}
+        if stages:
+            layout["stage_layers"] = list(stages)
+        try:
+            check_job(odd_job(cluster={"num_workers": world, "num_nodes": 1}, layout=layout, **SIX))
+        except LayoutError:
+            continue
+        degrees = (world, tp, ep, etp, cp, pp, virtual, *stages)
+        if degrees not in found:
+            found.append(degrees)
+    return found
+
+
+SIX: dict[str, Any] = {"model__num_hidden_layers": 6, "model__mlp_only_layers": [0, 3]}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("degrees", sampled(64, 16), ids=str)
+def test_samples_of_all_axes(degrees: Degrees) -> None:
+    tied, ring = len(degrees) % 2 == 1, degrees[0] % 3 == 0
+    changes = {"model__tie_word_embeddings": tied, "layout": {"context_exchange": "ring" if ring else "gather"}, **SIX}
+    check(degrees, "float64", 1e-10, **changes)
+    check(degrees, "float32", 1e-5, **changes)
