@@ -12,7 +12,7 @@ from pathlib import Path
 
 from concertina.config import Job
 from concertina.errors import CheckpointError, DataError, NotFoundError, UserError
-from concertina.layout import Layout, check_trainable, shards
+from concertina.layout import Layout, shards
 from concertina.track.mlflow_place import tracking_uri
 from concertina.track.run import DataFacts, RunFolder, create_run
 from concertina.track.summary import summarize
@@ -123,10 +123,8 @@ def _refuse_another_model(checkpoint: Path, job: Job) -> None:
 
 
 def _refuse_unsupported(job: Job, layout: Layout) -> None:
-    """The layout may have any degrees; the engine has no pipeline and no context parallelism so far. Tracking must go
-    where we can write."""
+    """Tracking must go where we can write."""
     tracking_uri(job.tracking.tracking_uri, Path(job.storage_path))
-    check_trainable(layout)
 
 
 def _prepare_data(job: Job) -> tuple[Path, DataFacts]:

@@ -19,7 +19,7 @@ from datetime import timedelta
 from queue import Empty
 from typing import Any
 
-from concertina.layout import GROUPS, STAGE, Layout
+from concertina.layout import ENDS, GROUPS, STAGE, Layout
 from concertina.parallel.groups import (
     KV,
     SECONDS,
@@ -55,7 +55,11 @@ def form(layout: Layout, rank: int, store: Any, timeout_s: float = 30.0, kv_lane
 def seat(layout: Layout, rank: int, kv_lanes: int = 1) -> Groups:
     """The groups of `rank` as far as building needs them: who is in them, and no way to talk."""
     members = {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
-    members[KV], members[SECONDS] = layout.neighbours_of(rank, kv_lanes), tuple(range(layout.world))
+    members |= {
+        KV: layout.neighbours_of(rank, kv_lanes),
+        ENDS: layout.ends_of(rank),
+        SECONDS: tuple(range(layout.world)),
+    }
     named = {name: Group(name, ranks, ranks.index(rank)) for name, ranks in members.items()}
     return Groups(0, layout, Group("world", tuple(range(layout.world)), rank), named)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from concertina.errors import ConfigError, LayoutError
+from concertina.errors import ConfigError
 from concertina.layout import Layout, draw
 from jobs.output import Output, OutputOption, next_commands, print_json, short_bytes, short_number
 
@@ -54,7 +54,7 @@ def layout(
         opened = _open(file, world, degrees)
         chosen, cost = opened.layout, _cost(opened)
     elif world is not None:
-        chosen = Layout(world, **degrees)
+        chosen = Layout.of(world, **degrees)
     else:
         raise ConfigError("which layout? Give a job file, or --world and degrees: concertina layout --world 8 --ep 4")
     if output is Output.JSON:
@@ -79,33 +79,33 @@ def _open(file: str, world: int | None, degrees: dict[str, int]) -> OpenedJob:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a job's model is and takes. `bytes_per_rank`: or why it is not known."""
+    """What a job's model is and takes, and which layers each stage has."""
 
     total: int
     active: int
     flops_per_token: int
     sequence_length: int
     precision: str
-    bytes_per_rank: Extremes | str
+    bytes_per_rank: Extremes
+    stages: str
 
     def to_json(self) -> dict[str, Any]:
         found = self.bytes_per_rank
-        known = None
-        if not isinstance(found, str):
-            known = {
-                "largest": {"rank": found.largest, **found.most.to_json()},
-                "smallest": {"rank": found.smallest, **found.least.to_json()},
-            }
         return {
             "parameters": {"total": self.total, "active": self.active},
             "flops_per_token": self.flops_per_token,
-            "bytes_per_rank": known,
+            "bytes_per_rank": {
+                "largest": {"rank": found.largest, **found.most.to_json()},
+                "smallest": {"rank": found.smallest, **found.least.to_json()},
+            },
         }
 
     def lines(self) -> list[str]:
         """For people: what is counted stands beside the number."""
         total, active = short_number(self.total), short_number(self.active)
+        stages = [f"layers      {self.stages}"] if self.stages else []
         return [
+            *stages,
             f"model       {total} parameters, {active} of them active for a token",
             f"training    {_short_flops(self.flops_per_token)} a token: products of forward and backward, causal "
             f"attention over {self.sequence_length} tokens",
@@ -114,8 +114,6 @@ class _Cost:
 
     def _memory(self) -> list[str]:
         found = self.bytes_per_rank
-        if isinstance(found, str):
-            return [f"memory      {found}"]
         names = f"memory, {self.precision:<12}" + "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
         if found.most == found.least:
             return [names, _row("every rank", found.most)]
@@ -142,9 +140,19 @@ def _cost(opened: OpenedJob) -> _Cost:
     from concertina.planner.memory import extremes
 
     model, length, precision = opened.job.model, opened.job.data.sequence_length, opened.job.training.precision
-    try:
-        held: Extremes | str = extremes(model, opened.layout, precision)
-    except LayoutError as error:
-        held = error.message
-    flops = flops_per_token(model, length)
-    return _Cost(*count_parameters(model), flops, length, precision, held)
+    held, flops = extremes(model, opened.layout, precision), flops_per_token(model, length)
+    return _Cost(*count_parameters(model), flops, length, precision, held, _stages(opened))
+
+
+def _stages(opened: OpenedJob) -> str:
+    """`pp0 0-1 4-5, pp1 2-3 6-7`; nothing where there are none."""
+    layout, layers = opened.layout, opened.job.model.num_hidden_layers
+    if layout.pp == 1:
+        return ""
+
+    def shown(piece: int) -> str:
+        found = layout.piece_layers(layers, piece)
+        return f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0])
+
+    pieces = [range(stage, layout.pieces, layout.pp) for stage in range(layout.pp)]
+    return ", ".join(f"pp{stage} {' '.join(map(shown, each))}" for stage, each in enumerate(pieces))

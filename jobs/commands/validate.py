@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from concertina.config import count_parameters, digest, dump_job
-from concertina.errors import ConfigError, LayoutError
-from concertina.layout import check_trainable
+from concertina.errors import ConfigError
 from jobs.opening import OpenedJob, SetOption, open_job
 from jobs.output import Output, OutputOption, next_commands, print_json, short_number
 
@@ -50,16 +49,7 @@ def validate(
     if output is Output.TEXT and not resolved and len(files) == 1:
         who = f"concertina layout {_degrees(opened[0]) if overrides else files[0]}"
         run = " ".join([f"concertina train {files[0]}", *(f"--set {shlex.quote(item)}" for item in overrides or ())])
-        next_commands([(who, "who is where"), *([] if _untrainable(opened[0]) else [(run, "run it")])])
-
-
-def _untrainable(opened: OpenedJob) -> str:
-    """Why this version cannot train it, or nothing."""
-    try:
-        check_trainable(opened.layout)
-    except LayoutError as error:
-        return error.message
-    return ""
+        next_commands([(who, "who is where"), (run, "run it")])
 
 
 def _degrees(opened: OpenedJob) -> str:
@@ -95,11 +85,9 @@ def _lines(opened: OpenedJob) -> list[str]:
     total, active = count_parameters(job.model)
     batch, length, steps = job.training.global_batch_size, job.data.sequence_length, job.training.steps
     tokens = short_number(steps * batch * length)
-    lines = [
+    return [
         f"model     {short_number(total)} parameters, {short_number(active)} of them active for a token",
         f"layout    {layout.world} ranks: pp {layout.pp}, attention dp {layout.dp} cp {layout.cp} tp {layout.tp}, "
         f"experts edp {layout.edp} ep {layout.ep} etp {layout.etp}",
         f"training  {steps} steps of {batch} sequences of {length} tokens: {tokens} tokens",
     ]
-    untrainable = _untrainable(opened)
-    return [*lines, f"but       {untrainable}"] if untrainable else lines

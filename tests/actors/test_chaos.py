@@ -254,7 +254,8 @@ def test_two_nodes_join_at_once(
     stage.ends_well(reference, nothing_left)
 
 
-@pytest.mark.parametrize("phase", ["checkpoint", pytest.param("validation", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("phase", ["checkpoint", "validation"])
 def test_a_loss_between_two_steps(
     phase: str, start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:

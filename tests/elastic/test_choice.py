@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concertina.config import Job
-from concertina.elastic.choice import choose_layout, seat, take_seats
+from concertina.elastic.choice import CHOSEN, choose_layout, seat, take_seats
 from concertina.elastic.second_owners import place_seconds
 from concertina.errors import CapacityError, LayoutError
 from concertina.layout import Layout, Seating, check_job
@@ -33,11 +33,14 @@ def a_job(workers: int = 8, batch: int = 64, model: dict[str, Any] | None = None
 
 
 def trainable(job: Job, world: int) -> list[Layout]:
-    """By brute force and by the rules of a job file: every layout of so many ranks."""
+    """By brute force and by the rules of a job file: every layout of so many ranks, without more stages and chunks than
+    the job has."""
     found = []
     divisors = [d for d in range(1, world + 1) if world % d == 0]
-    for tp, ep, etp in product(divisors, divisors, divisors):
-        layout = job.layout.model_copy(update={"tp": tp, "ep": ep, "etp": etp})
+    for degrees in product(divisors, repeat=len(CHOSEN)):
+        layout = job.layout.model_copy(update=dict(zip(CHOSEN, degrees, strict=True)))
+        if layout.pp > job.layout.pp or layout.cp > job.layout.cp:
+            continue
         cluster = job.cluster.model_copy(update={"num_workers": world})
         try:
             found.append(check_job(job.model_copy(update={"layout": layout, "cluster": cluster})))
@@ -52,6 +55,7 @@ def test_the_largest_world_and_the_nearest_degrees(
     data: st.DataObject, model: Any, workers: int, members: int, batch: int
 ) -> None:
     wanted = {axis: data.draw(st.sampled_from([1, 2, 4]), axis) for axis in ("tp", "ep", "etp")}
+    wanted |= {axis: data.draw(st.sampled_from([1, 2]), axis) for axis in ("pp", "cp")}
     job = small_job(model, workers, **wanted)
     job = job.model_copy(update={"training": job.training.model_copy(update={"global_batch_size": batch})})
     layout, why = choose_layout(job, members)
@@ -61,7 +65,7 @@ def test_the_largest_world_and_the_nearest_degrees(
     assert layout in there
 
     def distance(other: Layout) -> list[tuple[bool, float]]:
-        pairs = ((getattr(other, axis), wanted[axis]) for axis in ("tp", "etp", "ep"))
+        pairs = ((getattr(other, axis), wanted[axis]) for axis in CHOSEN)
         return [(value > asked, abs(log2(value / asked))) for value, asked in pairs]
 
     assert distance(layout) == min(map(distance, there))
@@ -99,8 +103,21 @@ def test_what_no_world_trains_is_said_as_for_a_job() -> None:
     model = {"capacity": {"factor": 1.25, "group_sequences": 4}}
     with pytest.raises(LayoutError, match="global_batch_size=6 is no multiple"):
         choose_layout(a_job(batch=6, model=model), 5)
-    with pytest.raises(LayoutError, match="the engine does not train pp=2 yet"):
-        choose_layout(a_job(pp=2), 8)
+
+
+@pytest.mark.parametrize(
+    ("members", "layout"),
+    [
+        (8, Layout(8, pp=2, virtual=2, stage_layers=(1, 3, 3, 1))),
+        (7, Layout(7)),
+        (6, Layout(6, pp=2, virtual=2, stage_layers=(1, 3, 3, 1))),
+        (1, Layout(1)),
+    ],
+)
+def test_pieces_of_stages_stay_as_the_job_has_them_where_there_are_as_many(members: int, layout: Layout) -> None:
+    job = a_job(8, pp=2, model={"num_hidden_layers": 8})
+    cut = job.layout.model_copy(update={"virtual_stages": 2, "stage_layers": (1, 3, 3, 1)})
+    assert choose_layout(job.model_copy(update={"layout": cut}), members)[0] == layout
 
 
 # -- seats ----------------------------------------------------------------------------------------------------------

@@ -189,8 +189,9 @@ def test_layout_of_equal_ranks_and_of_stages(run: Callable[..., Outcome]) -> Non
     _, out, _ = run("layout", "mixtral-8x7b", "--world", "64", "--tp", "2", "--ep", "8")
     assert "\nmodel       46.7 B parameters, 12.9 B of them active for a token\n" in out
     assert "\ntraining    79.7 GFLOP a token: " in out
-    assert "\nmemory      layers are not cut over pp=4 stages yet" in out
-    assert json.loads(run("layout", "mixtral-8x7b", "-o", "json")[1])["bytes_per_rank"] is None
+    assert "\nlayers      pp0 0-7, pp1 8-15, pp2 16-23, pp3 24-31\n" in out
+    assert "\n  rank 48, most         3.06 GiB    8.85 GiB " in out
+    assert "\nlayers      pp0 0 2, pp1 1 3\n" in run("layout", "quickstart-pipeline")[1]
 
 
 def test_layout_ends_with_the_next_command(run: Callable[..., Outcome]) -> None:

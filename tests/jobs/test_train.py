@@ -56,7 +56,12 @@ def train(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (["--set", "training.steps=many"], "training.steps"),
         (["--set", "data.source=/nowhere/at/all"], "/nowhere/at/all"),
         (["--set", "layout.ep=3"], "layout.ep"),
-        (["--set", "layout.cp=2", "--set", "layout.ep=1"], "does not train cp=2"),
+        (["--set", "layout.cp=3", "--set", "layout.ep=1"], "layout.cp"),
+        (["--set", "layout.virtual_stages=2"], "layout.virtual_stages"),
+        (
+            ["--set", "layout.pp=2", "--set", "layout.ep=1", "--set", "layout.stage_layers=[9, 2]"],
+            "layout.stage_layers",
+        ),
         (["--set", "layout.tp=3"], "layout.tp"),
         (["--set", "cluster.num_workers=0"], "cluster.num_workers"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 from hypothesis import strategies as st
 
 from concertina.config import Job, ModelConfig
@@ -54,17 +56,24 @@ def small_job(model: ModelConfig, workers: int, **layout: int) -> Job:
 
 
 def layouts_of(model: ModelConfig, most_ranks: int, worlds: st.SearchStrategy[int] | None = None) -> st.SearchStrategy:
-    """Layouts without a pipeline that fit the model, of up to so many ranks."""
+    """Layouts that fit the model, of up to so many ranks; layers on stages as evenly as can be, or not."""
 
     @st.composite
     def drawn(draw: st.DrawFn) -> Layout:
         world = draw(worlds or st.integers(1, most_ranks))
-        degrees = {"pp": 1, "cp": 1, "tp": 1, "ep": 1, "etp": 1}
+        layers = model.num_hidden_layers
+        pp = draw(st.sampled_from([d for d in range(1, layers + 1) if world % d == 0]))
+        degrees = {"pp": pp, "cp": 1, "tp": 1, "ep": 1, "etp": 1}
         for axis, other in (("tp", "cp"), ("cp", "tp"), ("etp", "ep"), ("ep", "etp")):
-            left = world // degrees[other]
+            left = world // pp // degrees[other]
             values = [d for d in range(1, left + 1) if left % d == 0 and fits(job, world, {**degrees, axis: d})]
             degrees[axis] = draw(st.sampled_from(values))
-        return Layout(world, **degrees)
+        virtual = draw(st.integers(1, layers // pp)) if pp > 1 else 1
+        stages: tuple[int, ...] = ()
+        if draw(st.booleans()):
+            edges = draw(st.sampled_from(list(combinations(range(1, layers), pp * virtual - 1))))
+            stages = tuple(b - a for a, b in pairwise((0, *edges, layers)))
+        return Layout(world, **degrees, virtual=virtual, stage_layers=stages)
 
     job = small_job(model, most_ranks)
     return drawn()

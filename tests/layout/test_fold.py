@@ -111,13 +111,28 @@ def test_the_document_of_64_ranks() -> None:
     assert document["world"] == 64
     assert document["attention"] == {"pp": 2, "dp": 4, "cp": 2, "tp": 4}
     assert document["expert"] == {"pp": 2, "edp": 4, "ep": 8, "etp": 1}
-    assert list(document["groups"]) == ["tp", "cp", "dp", "dp_cp", "pp", "ep", "etp", "edp", "etp_ep"]
+    assert list(document["groups"]) == ["tp", "cp", "dp", "dp_cp", "tp_cp", "pp", "ep", "etp", "edp", "etp_ep"]
     assert document["groups"]["tp"][:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert document["groups"]["cp"][:2] == [[0, 4], [1, 5]]
     assert document["groups"]["dp"][0] == [0, 8, 16, 24]
     assert document["groups"]["pp"][0] == [0, 32]
     assert document["groups"]["ep"][0] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert document["groups"]["edp"][0] == [0, 8, 16, 24]
+
+
+def test_pieces_of_the_model_are_dealt_out_in_turn() -> None:
+    layout = Layout(4, pp=2, virtual=2)
+    assert [list(layout.piece_layers(5, piece)) for piece in range(4)] == [[0, 1], [2], [3], [4]]
+    assert [list(layout.pieces_of(rank)) for rank in range(4)] == [[0, 2], [0, 2], [1, 3], [1, 3]]
+    assert layout.layers_of(5, 3) == [2, 4]
+    uneven = Layout(2, pp=2, stage_layers=(1, 4))
+    assert [uneven.layers_of(5, rank) for rank in range(2)] == [[0], [1, 2, 3, 4]]
+
+
+def test_both_ends_of_the_model() -> None:
+    layout = Layout(12, pp=3, tp=2)
+    assert [layout.ends_of(rank) for rank in (0, 3, 5, 9)] == [(0, 2, 8, 10), (1, 3, 9, 11), (5,), (1, 3, 9, 11)]
+    assert Layout(4, tp=2).ends_of(3) == (3,)
 
 
 def test_a_layout_is_a_value() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concertina.config import ModelConfig
-from concertina.layout import Box, Layout, Seating, kv_copies, plan_buckets, rank_slots, shards
+from concertina.layout import ENDS, Box, Layout, Seating, kv_copies, plan_buckets, rank_slots, shards
 from concertina.layout.pieces import holdings, ownership, pieces
 from tests.layout.layouts import layouts
 from tests.layout.small_models import MODELS, ODD, layouts_of
@@ -25,6 +25,8 @@ def bucketed(model: ModelConfig, layout: Layout, rank: int) -> dict[str, Box]:
         group = bucket[0].group
         if group == "dp_cp_kv":
             ranks = layout.neighbours_of(rank, kv_copies(model, layout.tp))
+        elif group == ENDS:
+            ranks = layout.ends_of(rank)
         else:
             ranks = layout.group_of(group, rank)
         slots = rank_slots({shard.name: shard.box for shard in bucket}, len(ranks), ranks.index(rank))
@@ -33,7 +35,7 @@ def bucketed(model: ModelConfig, layout: Layout, rank: int) -> dict[str, Box]:
 
 
 def count_owners(model: ModelConfig, layout: Layout, ranks: range) -> dict[str, np.ndarray]:
-    shapes = {name: shard.global_shape for name, shard in shards(model, layout, 0).items()}
+    shapes = {name: shard.global_shape for name, shard in shards(model, Layout(1), 0).items()}
     owners = {name: np.zeros(shape, dtype=int) for name, shape in shapes.items()}
     for rank in ranks:
         for name, box in pieces(model, layout, rank).items():

@@ -255,7 +255,11 @@ def test_bytes_by_pair_and_in_all_are_those_of_the_moves() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(Layout(16, tp=2, ep=4), Layout(12, tp=4, ep=2)), (Layout(12, cp=2, tp=2, ep=2, etp=2), Layout(15, ep=5))],
+    [
+        (Layout(16, tp=2, ep=4), Layout(12, tp=4, ep=2)),
+        (Layout(12, cp=2, tp=2, ep=2, etp=2), Layout(15, ep=5)),
+        (Layout(16, pp=2, tp=2, ep=4), Layout(12, cp=3)),
+    ],
 )
 def test_larger_worlds_of_other_degrees(before: Layout, after: Layout) -> None:
     nodes = {member: f"n{member // 4}" for member in range(20)}

@@ -11,6 +11,9 @@ from torch import Tensor
 from concertina.model.attention import attend, core
 from concertina.model.attention_blocks import LONGEST, attend_in_blocks
 from concertina.model.rope import Rotation, rotate, rotation
+from concertina.model.sight import Sight
+from concertina.parallel.context import Context
+from concertina.parallel.groups import Group
 from tests.model.errors import error
 
 pytestmark = pytest.mark.unit
@@ -21,6 +24,11 @@ def inputs(length: int, kv: int, group: int, width: int, dtype: torch.dtype) -> 
     generator = torch.Generator().manual_seed(length)
     q, kv_heads = (torch.randn(2, length, kv, n, width, generator=generator, dtype=dtype) for n in (group, 2))
     return q.requires_grad_(), kv_heads.requires_grad_(), rotation(torch.arange(length), width, 10000.0, dtype)
+
+
+def seen(turn: Rotation) -> Sight:
+    """All of a whole sequence."""
+    return Sight(len(turn.cos_SP), Context(Group.alone()), turn)
 
 
 def written_out(q: Tensor, kv: Tensor, turn: Rotation) -> Tensor:
@@ -49,12 +57,12 @@ def test_fp32_is_close_on_both_sides_of_the_switch(length: int) -> None:
     q, kv, turn = inputs(length, 1, 2, 8, torch.float32)
     exact = rotation(torch.arange(length), 8, 10000.0, torch.float64)
     expected = written_out(q.detach().to(torch.float64), kv.detach().to(torch.float64), exact)
-    assert error(attend(q, kv, turn).detach(), expected) < 1e-4  # angles of fp32 at position 1000
+    assert error(attend(q, kv, seen(turn)).detach(), expected) < 1e-4  # angles of fp32 at position 1000
 
 
 def test_bfloat16_goes_to_sdpa() -> None:
     q, kv, turn = inputs(16, 2, 2, 8, torch.bfloat16)
-    out = attend(q, kv, turn)
+    out = attend(q, kv, seen(turn))
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     for leaf in (q, kv):

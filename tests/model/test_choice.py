@@ -14,6 +14,7 @@ from concertina.model.choice import choose, moved, score, shares, weigh
 from concertina.model.moe import MoE
 from concertina.model.parameters import Build
 from concertina.model.span import Span
+from concertina.parallel.context import Context
 from concertina.parallel.dispatch import Dispatcher
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
@@ -35,7 +36,8 @@ def moe(**changes: Any) -> MoE:
     }
     model = ModelConfig(**settings, **changes)
     groups, device = Groups.alone(), torch.device("cpu")
-    build = Build(model, torch.float32, device, 0, shards(model, Layout(1), 0), groups, Lanes(groups["tp"]))
+    ways = Lanes(groups["tp"]), Context(groups["cp"])
+    build = Build(model, torch.float32, device, 0, shards(model, Layout(1), 0), groups, *ways)
     return MoE(build, "layers.0.moe", Dispatcher(EXPERTS, groups))
 
 
@@ -44,7 +46,7 @@ def rows() -> Tensor:
 
 
 def span() -> Span:
-    return Span(1, TOKENS, 0, TOKENS, torch.tensor([TOKENS]))
+    return Span(TOKENS, torch.arange(TOKENS), 0, TOKENS, torch.tensor([TOKENS]))
 
 
 def bias() -> Tensor:

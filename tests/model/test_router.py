@@ -11,6 +11,7 @@ from concertina.model.init import draw_normal, key_of
 from concertina.model.parameters import Build
 from concertina.model.router import Router, Routing, balance_sum, count_experts, z_sum
 from concertina.model.span import Place, Span
+from concertina.parallel.context import Context
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.model.errors import error
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.unit
 def make(dtype: torch.dtype = torch.float64, prefix: str = "layers.0.moe", seed: int = 0, **changes: object) -> Router:
     model = ModelConfig(hidden_size=16, num_experts=6, num_experts_per_tok=2, initializer_range=0.5, **changes)  # type: ignore[arg-type]
     groups = Groups.alone()
-    table = shards(model, Layout(1), 0)
-    return Router(Build(model, dtype, torch.device("cpu"), seed, table, groups, Lanes(groups["tp"])), prefix)
+    table, ways = shards(model, Layout(1), 0), (Lanes(groups["tp"]), Context(groups["cp"]))
+    return Router(Build(model, dtype, torch.device("cpu"), seed, table, groups, *ways), prefix)
 
 
 def routed(x: torch.Tensor, tokens_B: torch.Tensor, **changes: object) -> tuple[Router, Routing]:
@@ -32,7 +33,12 @@ def routed(x: torch.Tensor, tokens_B: torch.Tensor, **changes: object) -> tuple[
 
 def whole(num: int, tokens_B: torch.Tensor) -> Span:
     """All tokens of a micro-batch are here."""
-    return Span(len(tokens_B), num // len(tokens_B), 0, num, tokens_B)
+    return piece(tokens_B, num // len(tokens_B), 0, num)
+
+
+def piece(tokens_B: torch.Tensor, length: int, start: int, stop: int, place: Place | None = None) -> Span:
+    """Some tokens of whole sequences."""
+    return Span(length, torch.arange(length), start, stop, tokens_B, place)
 
 
 def rows(num: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -69,7 +75,7 @@ def test_losses_are_sums_over_sequences_of_token_weighted_means() -> None:
     assert error(balance_sum(probabilities, counts, span), torch.as_tensor(aux)) < 1e-7
     assert error(z_sum(logits, span), torch.as_tensor(z)) < 1e-14
     # The parts of lanes that hold some of the tokens add up.
-    parts = [Span(3, 4, start, stop, tokens) for start, stop in ((0, 5), (5, 9), (9, 12))]
+    parts = [piece(tokens, 4, start, stop) for start, stop in ((0, 5), (5, 9), (9, 12))]
     aux_parts = [balance_sum(probabilities[part.start : part.stop], counts, part) for part in parts]
     assert error(torch.stack(aux_parts).sum(), torch.as_tensor(aux)) < 1e-7
     z_parts = [z_sum(logits[part.start : part.stop], part) for part in parts]
@@ -131,11 +137,7 @@ def test_a_bias_is_state_and_no_parameter() -> None:
     assert router.bias is not None
     assert router.bias.dtype == torch.float32
     assert [name for name, _ in router.named_parameters()] == ["router"]
-    router.balance(torch.tensor([4.0, 0, 2, 2, 2, 2], dtype=torch.float64))
-    assert router.bias.tolist() == [-0.5, 0.5, 0, 0, 0, 0]
-    without = make()
-    assert without.bias is None
-    without.balance(torch.ones(6))
+    assert make().bias is None
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------
@@ -144,8 +146,8 @@ def test_a_bias_is_state_and_no_parameter() -> None:
 def noise_of(router: Router, x: torch.Tensor, place: Place | None, start: int = 0) -> torch.Tensor:
     """What is added to the logits of rows that begin at `start` of a micro-batch of two sequences of five."""
     tokens = torch.tensor([5, 5])
-    quiet = router._logits(x, Span(2, 5, start, start + len(x), tokens))
-    return (router._logits(x, Span(2, 5, start, start + len(x), tokens, place)) - quiet).detach()
+    quiet = router._logits(x, piece(tokens, 5, start, start + len(x)))
+    return (router._logits(x, piece(tokens, 5, start, start + len(x), place)) - quiet).detach()
 
 
 def test_noise_is_as_the_paper_says() -> None:
@@ -178,7 +180,7 @@ def test_noise_is_for_training_and_learned() -> None:
     plain = make()
     quiet = router(x, whole(10, torch.tensor([10])))
     assert torch.equal(quiet.weights_RK, plain(x, whole(10, torch.tensor([10]))).weights_RK)
-    noisy = router(x, Span(1, 10, 0, 10, torch.tensor([10]), Place(1, 0)))
+    noisy = router(x, piece(torch.tensor([10]), 10, 0, 10, Place(1, 0)))
     assert not torch.equal(noisy.weights_RK, quiet.weights_RK)
     noisy.weights_RK[:, 0].sum().backward()
     assert router.noise.grad is not None

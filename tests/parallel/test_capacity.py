@@ -14,7 +14,7 @@ from torch import Tensor
 from concertina.config import CapacityConfig, ModelConfig
 from concertina.layout import Layout
 from concertina.layout.box import cut
-from concertina.parallel.capacity import Capacity, Quota, _above_threshold, _bits
+from concertina.parallel.capacity import Capacity, Quota, _above_threshold, _bits, _Queues
 from concertina.parallel.groups import Group, Groups
 from concertina.parallel.lanes import Lanes
 from tests.distributed import form, on_ranks
@@ -86,10 +86,8 @@ def test_keeps_what_the_definition_keeps(by_weight: bool, seed: int, dtype: torc
 @settings(max_examples=60, deadline=None)
 def test_the_radix_select_keeps_it_too(seed: int, dtype: torch.dtype) -> None:
     case = drawn(seed, dtype)
-    quota = case.quota(by_weight=True)
-    queue_N = (case.ids_RK + case.group_R.unsqueeze(1) * case.num_experts).view(-1)
-    queues = quota.num_groups * case.num_experts
-    kept_N = _above_threshold(_bits(case.weights_RK), queue_N, queues, case.capacity, Group.alone())
+    queues = _Queues(case.quota(by_weight=True), case.ids_RK)
+    kept_N = _above_threshold(_bits(case.weights_RK), queues, case.capacity)
     assert torch.equal(kept_N.view_as(case.ids_RK), case.written_out(by_weight=True))
 
 
@@ -101,8 +99,7 @@ def test_what_is_no_number_is_kept_first_and_no_queue_exceeds_its_capacity(by_we
     case.weights_RK[3:] = torch.tensor([float("nan"), -float("nan"), float("nan")]).view(3, 1)
     expected = [3, 4] if by_weight else [0, 1]
     assert case.quota(by_weight).keep(case.ids_RK, case.weights_RK).nonzero()[:, 0].tolist() == expected
-    queue_N = torch.zeros(6, dtype=torch.int64)
-    kept = _above_threshold(_bits(case.weights_RK), queue_N, 1, 2, Group.alone())
+    kept = _above_threshold(_bits(case.weights_RK), _Queues(case.quota(True), case.ids_RK), 2)
     assert kept.nonzero()[:, 0].tolist() == [3, 4]
 
 
@@ -114,7 +111,7 @@ def test_deciding_never_asks_the_host(by_weight: bool) -> None:
     ids, weights, groups = (tensor.to("meta") for tensor in (case.ids_RK, case.weights_RK, case.group_R))
     quota = replace(case.quota(by_weight), group_R=groups)
     assert quota.keep(ids, weights).shape == ids.shape
-    assert _above_threshold(_bits(weights), ids.view(-1), case.num_experts, 3, Group.alone()).shape == (ids.numel(),)
+    assert _above_threshold(_bits(weights), _Queues(quota, ids), 3).shape == (ids.numel(),)
 
 
 def on_lanes(rank: int, store: Any, world: int, ignored: bool) -> tuple[int, int]:
@@ -153,8 +150,11 @@ def model(**capacity: Any) -> ModelConfig:
     return ModelConfig(num_experts=8, num_experts_per_tok=2, capacity=CapacityConfig(**capacity))
 
 
+NAMED = ("tp", "cp", "tp_cp", "etp_ep")
+
+
 def seat(layout: Layout, rank: int) -> Groups:
-    named = {name: Group(name, ranks := layout.group_of(name, rank), ranks.index(rank)) for name in ("tp", "etp_ep")}
+    named = {name: Group(name, ranks := layout.group_of(name, rank), ranks.index(rank)) for name in NAMED}
     return Groups(0, layout, Group("world", tuple(range(layout.world)), rank), named)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from concertina.layout import GROUPS, STAGE, Layout
+from concertina.layout import ENDS, GROUPS, STAGE, Layout
 from concertina.parallel.collectives import all_gather_into, all_reduce_sum
 from concertina.parallel.failures import is_communication_failure
 from concertina.parallel.groups import GROUP_NAMES, KV, SECONDS, Group, GroupOptions, Groups, connect_store, form_groups
@@ -42,7 +42,7 @@ def members(group: Group, rank: int) -> list[int]:
 
 @pytest.mark.unit
 def test_every_group_of_a_layout_is_formed() -> None:
-    assert set(GROUP_NAMES) == {*GROUPS, STAGE, KV, SECONDS}
+    assert set(GROUP_NAMES) == {*GROUPS, STAGE, KV, ENDS, SECONDS}
 
 
 @pytest.mark.unit
@@ -104,6 +104,7 @@ def test_generations_follow_each_other_in_the_same_processes() -> None:
     for rank, seen in enumerate(run_distributed(one_generation_after_another, WORLD)):
         for layout, found in zip(LAYOUTS, seen, strict=True):
             assert found.pop("world") == found.pop(SECONDS) == list(range(WORLD))
+            assert found.pop(ENDS) == list(layout.ends_of(rank))
             assert found.pop(KV) == list(layout.neighbours_of(rank, layout.tp)) == found[STAGE]
             assert found == {name: list(layout.group_of(name, rank)) for name in (*GROUPS, STAGE)}
 

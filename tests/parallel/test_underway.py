@@ -62,7 +62,7 @@ def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> d
     found: dict[str, Any] = {"ended": ending(pending)} if waited_for else {}
     wait_until(lambda: wires.are_dry)
     leave(wires)
-    found["left over"] = left_over()
+    found |= {"left over": left_over(), "whole": receives and bool((x == 2.0).all())}
     del groups, group, pending  # waits for no thread of gloo's, or this test does not end
     x.fill_(7.0)
     os.kill(pid, signal.SIGCONT)
@@ -81,7 +81,10 @@ def ending(pending: Any) -> str:
 @pytest.mark.parametrize("waited_for", [True, False], ids=["waited for", "left"])
 @pytest.mark.parametrize("receives", [False, True], ids=["sends", "receives"])
 def test_who_waits_for_half_a_message_is_woken_by_the_fence(receives: bool, waited_for: bool) -> None:
-    found, other = run_distributed(half_a_message, 2, receives, waited_for, timeout_s=40)
+    for _ in range(5):
+        found, other = run_distributed(half_a_message, 2, receives, waited_for, timeout_s=40)
+        if not found["whole"]:  # on a busy machine all of it may come before its sender stands still
+            break
     assert found.get("ended", "broken") == "broken"
     assert found["left over"] == 1, "gloo has mended what this is for?"
     assert found["intact"]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from concertina.config import Job, load_job
-from concertina.errors import LayoutError
 from concertina.layout import (
     Box,
     Layout,
@@ -50,6 +49,10 @@ LAYOUTS: list[tuple[int, Degrees]] = [
     (5, {}),
     (7, {"ep": 7}),
     (6, {"tp": 2, "ep": 3, "etp": 2}),
+    (2, {"pp": 2}),  # two layers and one
+    (3, {"pp": 3}),
+    (8, {"pp": 2, "cp": 2, "ep": 4}),
+    (8, {"pp": 2, "tp": 4, "ep": 2}),
 ]
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -133,6 +136,7 @@ def test_of_other_precisions(world: int, degrees: Degrees, precision: str) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 def test_of_other_models(shape: str) -> None:
     check(tiny_job(model=SHAPES[shape]), Layout(4, tp=4, ep=2))
+    check(tiny_job(model=SHAPES[shape]), Layout(6, pp=3, tp=2))
 
 
 @pytest.mark.unit
@@ -245,7 +249,5 @@ def test_one_rank_alone_keeps_nothing_for_others() -> None:
 
 
 @pytest.mark.unit
-def test_stages_are_refused() -> None:
-    with pytest.raises(LayoutError, match="not cut over pp=2 stages yet"):
-        rank_bytes(tiny_job().model, Layout(4, pp=2), "float32", 0)
+def test_lanes_share_heads_here() -> None:
     assert kv_copies(tiny_job().model, 4) == 2, "test_bytes_are_the_engine_s wants lanes that share a head"

@@ -23,10 +23,7 @@ from concertina.planner.traffic import (
     zero,
 )
 from tests.distributed import form, on_ranks
-from tests.train.worlds import tiny_job, unconfigured
-
-Degrees = tuple[int, int, int, int]
-"""World, tp, ep, etp."""
+from tests.train.worlds import Degrees, layout_of, tiny_job, unconfigured
 
 Owners = tuple[int | None, ...]
 """The second owner of every rank."""
@@ -41,10 +38,9 @@ def nobody(degrees: Degrees) -> Owners:
 
 def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Owners) -> dict[str, Any]:
     """Bytes that step 1 sent, sequences of its micro-batches, rows this rank routed to every expert, in order."""
-    world, tp, ep, etp = degrees
-    engine, layout = unconfigured(job), Layout(world, tp=tp, ep=ep, etp=etp)
-    groups = form(layout, rank, store, kv_lanes=kv_copies(job.model, tp))
-    engine.adopt(engine.prepare(Seating(layout, tuple(range(world)), owners), rank, groups, "initial"))
+    engine, layout = unconfigured(job), layout_of(degrees)
+    groups = form(layout, rank, store, kv_lanes=kv_copies(job.model, layout.tp))
+    engine.adopt(engine.prepare(Seating(layout, tuple(range(layout.world)), owners), rank, groups, "initial"))
     engine.fill_seconds()
     routed: list[list[int]] = []
 
@@ -62,9 +58,8 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
 
 
 def sender_of(job: Job, degrees: Degrees, rank: int, has_second: bool = False) -> Sender:
-    world, tp, ep, etp = degrees
-    layout = Layout(world, tp=tp, ep=ep, etp=etp)
-    return Sender(job.model, layout, rank, job.training.precision, job.layout.sequence_parallel, has_second)
+    how = job.layout.sequence_parallel, has_second, job.layout.context_exchange
+    return Sender(job.model, layout_of(degrees), rank, job.training.precision, *how)
 
 
 def expected(sender: Sender, ranks: list[dict[str, Any]], length: int) -> Traffic:
@@ -110,6 +105,18 @@ EXPERTS = {("etp_ep", "counts"), ("edp", "all_gather"), ("edp", "reduce_scatter"
 def test_a_step_sends_what_the_formulas_say(degrees: Degrees, kinds: set[tuple[str, str]]) -> None:
     for traffic in check(tiny_job(training__precision="float32", training__micro_batch_size=3), degrees):
         assert kinds <= traffic.keys()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("degrees", [(2, 1, 1, 1, 2), (3, 1, 3, 1, 3), (4, 2, 2, 1, 2)], ids=str)
+def test_of_chunks_of_sequences(degrees: Degrees, exchange: str, precision: str) -> None:
+    """Pieces are of one size where there are twelve positions, of several where there are eleven."""
+    for length in (11, 12):
+        changes = {"layout": {"context_exchange": exchange}, "data__sequence_length": length}
+        for traffic in check(tiny_job(training__precision=precision, **changes), degrees):
+            assert ("cp", "exchange" if exchange == "ring" else "all_gather") in traffic
 
 
 @pytest.mark.dist

@@ -14,9 +14,9 @@ from concertina.parallel.capacity import Capacity, Quota
 from concertina.parallel.groups import Group
 from concertina.train.engine import Engine
 from tests.distributed import on_ranks
-from tests.train.test_layouts import Degrees, gradients_of
 from tests.train.test_layouts import check as check_layout
-from tests.train.worlds import Drop, engine_on, record_drops, tiny_job
+from tests.train.test_layouts import gradients_of
+from tests.train.worlds import Degrees, Drop, engine_on, layout_of, record_drops, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -121,8 +121,7 @@ def test_validation_is_dropless() -> None:
 
 def first_step(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str = "") -> tuple[set[Drop], float]:
     """Drops and loss of the first step."""
-    world, tp, ep, etp = degrees
-    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    engine = engine_on(job, layout_of(degrees), rank, store)
     drops = record_drops(engine)
     if mutation:
         MUTATIONS[mutation](engine)

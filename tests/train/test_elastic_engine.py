@@ -315,6 +315,9 @@ PAIRS = [
     (Layout(4, ep=2, etp=2), Layout(4, tp=4)),
     (Layout(4, tp=4, ep=4), Layout(3, ep=3)),
     (Layout(3), Layout(4, tp=2, ep=2, etp=2)),
+    (Layout(4, pp=2, ep=2), Layout(4, cp=2, tp=2)),
+    (Layout(4, pp=2, cp=2), Layout(3, pp=3)),
+    (Layout(2, pp=2, stage_layers=(1, 2)), Layout(4, pp=2, tp=2)),
 ]
 
 
@@ -349,6 +352,22 @@ FIVE = [
     Stage(on_nodes(Layout(2, tp=2, etp=2), without(0, 3)), 13),
     Stage(on_nodes(Layout(3, ep=3), without(0, 3, joined=(5,))), 16),
 ]
+
+
+EVERY_AXIS = [
+    Stage(on_nodes(Layout(4, pp=2, ep=2), ALL), 3, (3,), "some", (1,)),
+    Stage(on_nodes(Layout(3, pp=3), without(3)), 5, (0,), "summed"),
+    Stage(on_nodes(Layout(2, cp=2, ep=2), without(0, 3)), 8),
+    Stage(on_nodes(Layout(4, pp=2, cp=2), {1: "a", 2: "b", 4: "c", 5: "c"}), 11, (4, 5), "computing"),
+    Stage(on_nodes(Layout(2, pp=2, stage_layers=(1, 2)), without(0, 3)), 13),
+    Stage(on_nodes(Layout(3, cp=3), without(0, 3, joined=(6,))), 16),
+]
+
+
+def test_with_stages_and_chunks(reference: dict[str, Any]) -> None:
+    results = run(EVERY_AXIS)
+    check(results, EVERY_AXIS, reference)
+    assert results[1]["completed"] == [4]
 
 
 def test_five_reconfigurations(reference: dict[str, Any]) -> None:

@@ -14,17 +14,14 @@ import torch
 
 from concertina.config import Job
 from concertina.errors import LayoutError
-from concertina.layout import Layout, check_job
+from concertina.layout import ENDS, Layout, check_job
 from concertina.model import loss as loss_module
-from concertina.parallel.groups import Group
+from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, plainest, record_drops, seated_engine, tiny_job
+from tests.train.worlds import Degrees, engine_on, layout_of, plainest, record_drops, tiny_job
 
 pytestmark = pytest.mark.dist
-
-Degrees = tuple[int, int, int, int]
-"""World, tp, ep, etp."""
 
 TESTED: list[Degrees] = [
     (2, 2, 1, 1),  # each axis alone
@@ -66,8 +63,7 @@ def all_degrees(most_ranks: int) -> list[Degrees]:
 def gradients_of(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str = "") -> dict[str, Any]:
     """This rank's pieces of the summed gradients of step 1, what two steps and a validation say, and what
     all of it dropped."""
-    world, tp, ep, etp = degrees
-    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    engine = engine_on(job, layout_of(degrees), rank, store)
     drops = record_drops(engine)
     _mutate(engine, mutation)
     engine._forward_backward(1)
@@ -97,7 +93,17 @@ def _mutate(engine: Any, mutation: str) -> None:
             layer.moe.experts.w2.register_hook(lambda grad: grad / engine.layout.tp)
     elif mutation == "balance by this lane's counts":
         gate = engine.decoder.layers[1].moe.gate
-        gate.build = replace(gate.build, lanes=Lanes(Group.alone("tp")))
+        gate.build = replace(gate.build, groups=Groups.alone())
+    elif mutation == "positions as if chunks were neighbours":
+        context, positions = engine.decoder.build.context, engine.decoder.build.context.positions
+        context.positions = lambda *arguments: torch.arange(len(positions(*arguments)))
+    elif mutation == "a shared embedding has the first stage's gradient only":
+        for bucket in engine.reducer.buckets:
+            if bucket.group.name == ENDS and bucket.group.rank:
+                bucket.accumulate = lambda name, grad, add=bucket.accumulate: add(name, torch.zeros_like(grad))
+    elif mutation == "gradients of keys stay where they are made":
+        context = engine.decoder.build.context
+        context.scatter = lambda x, length: torch.cat([x[start:stop] for start, stop in context.chunks(length)])
     else:
         assert not mutation, mutation
 
@@ -184,9 +190,8 @@ def test_lanes_with_unequal_rows_of_the_vocabulary_take_the_same_chunks(tied: bo
 
 def weights_in_bfloat16(rank: int, store: Any, changes: dict[str, Any], degrees: Degrees) -> dict[str, Any]:
     """After three steps: every weight's box and the bits in it."""
-    world, tp, ep, etp = degrees
     job = odd_job(training__precision="bfloat16", **changes)
-    engine = engine_on(job, Layout(world, tp=tp, ep=ep, etp=etp), rank, store)
+    engine = engine_on(job, layout_of(degrees), rank, store)
     for step in (1, 2, 3):
         engine.train_step(step)
     engine.settle()
@@ -204,12 +209,6 @@ def test_bfloat16_weights_are_the_same_bits_wherever_they_are_held(degrees: Degr
     assert max(map(len, held.values())) == degrees[0]
     for (name, _), pieces in held.items():
         assert all((piece == pieces[0]).all() for piece in pieces), name
-
-
-def test_what_is_only_laid_out_is_refused_by_the_engine_too() -> None:
-    for layout, text in [(Layout(2, pp=2), "pp=2"), (Layout(2, cp=2), "cp=2")]:
-        with pytest.raises(LayoutError, match=f"does not train {text}"):
-            seated_engine(tiny_job(), layout, 0).train_step(1)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 # A share and its groups are megabytes. What settles in the first dozens of generations weighs less among many.
-@pytest.mark.parametrize(("count", "most_bytes"), [(45, 512 << 10), pytest.param(240, 64 << 10, marks=LONG)])
+@pytest.mark.parametrize(("count", "most_bytes"), [(27, 512 << 10), pytest.param(240, 64 << 10, marks=LONG)])
 def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int, most_bytes: int) -> None:
     steps = 2 * count
     lives = run_distributed(many_generations, WORLD, steps, count, timeout_s=800)

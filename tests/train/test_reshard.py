@@ -33,6 +33,8 @@ LAYOUTS = {
     "tp2 ep2 etp2": Layout(8, tp=2, ep=2, etp=2),
     "tp2 ep3 etp2": Layout(6, tp=2, ep=3, etp=2),
     "cp2 tp2 ep4": Layout(8, cp=2, tp=2, ep=4),
+    "pp2": Layout(2, pp=2),
+    "pp2 cp2 tp2 ep4": Layout(8, pp=2, cp=2, tp=2, ep=4),
 }
 
 State = dict[str, BoxedTensor]

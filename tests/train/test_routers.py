@@ -25,9 +25,9 @@ from concertina.state.manifest import checkpoint_folder
 from concertina.train.engine import Engine
 from concertina.train.loop import STOP
 from tests.distributed import on_ranks
-from tests.train.test_layouts import Degrees, assemble, check, gradients_of, odd_job, one_process
+from tests.train.test_layouts import assemble, check, gradients_of, odd_job, one_process
 from tests.train.test_loop import losses, run
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import Degrees, engine_on, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -91,9 +91,9 @@ def misplaced(engine: Engine, view: Any, ids: list[int], place: Place | None = N
     return compute(engine, view, ids, replace(place, first=0) if place else None)
 
 
-compute = Engine._compute
+compute = Engine._batch
 MUTATIONS: dict[str, tuple[type, str, Callable[..., Any], Degrees, dict[str, Any]]] = {
-    "noise of the first micro-batch": (Engine, "_compute", misplaced, (2, 1, 1, 1), NOISY),
+    "noise of the first micro-batch": (Engine, "_batch", misplaced, (2, 1, 1, 1), NOISY),
     "a key-value head counted by every lane that has it": (
         *(Pieces, "total", lambda self, partial: all_reduce_sum(partial, self.group).finish()),
         *((4, 4, 1, 1), {"model__qk_norm": "full"}),

@@ -13,9 +13,11 @@ from tests.distributed import form, seat
 
 __all__ = [
     "NUM_SEQUENCES",
+    "Degrees",
     "Drop",
     "TinyView",
     "engine_on",
+    "layout_of",
     "plainest",
     "record_drops",
     "seated_engine",
@@ -24,6 +26,8 @@ __all__ = [
 ]
 
 NUM_SEQUENCES = 61  # no multiple of a batch: epochs meet in the middle of one
+Degrees = tuple[int, ...]
+"""World, tp, ep, etp, and where they are not 1 cp, pp, the pieces of a stage; then, if uneven, layers of each piece."""
 Drop = tuple[str, int, int, int, int]
 """Router, sequence, position, number of the choice, expert."""
 
@@ -44,6 +48,11 @@ class TinyView:
         targets = text[:, 1:].clone()
         targets[(rows % 4 == 1).expand_as(targets) & (positions[1:] % 6 == 0)] = -100
         return text[:, :-1].contiguous(), targets
+
+    def starts(self, ids: list[int]) -> torch.Tensor:
+        """A document begins every 4 to 6 tokens."""
+        positions, apart = torch.arange(self.length), torch.tensor([4 + number % 3 for number in ids]).view(-1, 1)
+        return positions // apart * apart
 
 
 def tiny_job(**changes: Any) -> Job:
@@ -97,25 +106,27 @@ def plainest(job: Job) -> Job:
     return job.model_copy(update=sections)
 
 
+def layout_of(degrees: Degrees) -> Layout:
+    world, tp, ep, etp, cp, pp, virtual = (*degrees, 1, 1, 1)[:7]
+    return Layout(world, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp, virtual=virtual, stage_layers=degrees[7:])
+
+
 def record_drops(engine: Engine) -> set[Drop]:
     """Everything that is dropped on this rank from now on, by names that no layout knows."""
     drops: set[Drop] = set()
-    current: list[int] = []
-    compute, length = engine._compute, engine.job.data.sequence_length
-
-    def recorded(view: Any, ids: list[int], place: Any = None) -> Any:
-        current[:] = ids
-        return compute(view, ids, place)
+    length = engine.job.data.sequence_length
 
     def note(gate: Any, arguments: tuple[Any, ...], routing: Any) -> None:
-        if routing.kept_RK is None or not current:
-            return
+        if routing.kept_RK is None or not arguments[1].tokens_B.any():
+            return  # a rank without a sequence computes one all the same
         for row, choice in (~routing.kept_RK).nonzero().tolist():
-            sequence, position = divmod(arguments[1].start + row, length)
+            span = arguments[1]
+            sequence = int(span.sequence_R[row])
+            number = span.place.first + sequence
+            position = int(span.position_R[row]) - number * length
             expert = int(routing.expert_ids_RK[row, choice])
-            drops.add((gate.prefix, current[sequence], position, choice, expert))
+            drops.add((gate.prefix, engine.sampler.batch(span.place.step - 1)[number], position, choice, expert))
 
-    engine._compute = recorded  # type: ignore[method-assign]
     for layer in engine.decoder.layers:
         if layer.moe is not None:
             layer.moe.gate.register_forward_hook(note)

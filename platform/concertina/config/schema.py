@@ -265,6 +265,8 @@ class DataConfig(Section):
     """Stop reading after this many bytes of text; absent: all of it."""
     sequence_length: Positive = 256
     """Tokens a sequence predicts."""
+    document_mask: bool = False
+    """Tokens see their own document only, not those before it in the sequence."""
     validation_fraction: Fraction = 0.02
     """Share of the sequences held out; never trained on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -292,7 +294,7 @@ class TrainingConfig(Section):
     global_batch_size: Positive = 16
     """Sequences a step, whatever the world."""
     micro_batch_size: Positive | None = None
-    """Sequences a rank computes at once; absent: all of its share."""
+    """Sequences a rank computes at once; absent: all of its share, on pipeline stages one (or a capacity group)."""
     precision: Precision = "float32"
     """Of weights and activations; `bfloat16` keeps fp32 master weights, `float64` exists for equality tests."""
     seed: NonNegative = 0
@@ -343,6 +345,19 @@ class LayoutConfig(Section):
     sequence_parallel: bool = True
     """Between tensor-parallel products each lane of tp keeps its share of the tokens; false: every lane has all of
     them, and sends them all to the experts."""
+    context_exchange: Literal["auto", "gather", "ring"] = "auto"
+    """How keys and values get to the other ranks of cp: all at once, or from neighbour to neighbour, with no more than
+    two pieces on a rank; `auto`: in a ring for sequences of 32,768 tokens and more."""
+
+    virtual_stages: Positive = 1
+    """Pieces of the model on each pipeline stage; more than one are interleaved: a smaller bubble for more messages."""
+    stage_layers: tuple[Positive, ...] | None = None
+    """Layers of each of the pp * virtual_stages pieces of the model; absent: as even as can be."""
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Those that are given, by axis."""
+        return {axis: getattr(self, axis) for axis in ("pp", "cp", "tp", "ep", "etp")}
 
 
 class ClusterConfig(Section):

@@ -101,6 +101,16 @@ class SequenceView:
             targets_BS[row, self._unpredictable(index)] = IGNORED_TARGET
         return torch.from_numpy(tokens_BR[:, :-1].copy()), torch.from_numpy(targets_BS)
 
+    def starts(self, ids: Sequence[int]) -> torch.Tensor:
+        """Where the document of each position starts, 0 for one that began before: starts_BS, int64 on the CPU."""
+        import torch
+
+        starts_BS = np.zeros((len(ids), self.sequence_length), dtype=np.int64)
+        for row, index in enumerate(ids):
+            inside = [start for start in self.document_starts(index) if start < self.sequence_length]
+            starts_BS[row, inside] = inside
+        return torch.from_numpy(np.maximum.accumulate(starts_BS, axis=1))
+
     def _unpredictable(self, index: int) -> list[int]:
         places = [start - 1 for start in self.document_starts(index) if start > 0]
         window = self.window(index)

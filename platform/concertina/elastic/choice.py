@@ -6,14 +6,14 @@ Pure: the same members and the same old seating give the same answer wherever th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import pairwise, product
 from math import lcm, log2
 from typing import TYPE_CHECKING
 
 from concertina.elastic.second_owners import place_seconds
 from concertina.errors import CapacityError
-from concertina.layout import Layout, Seating, check_job, check_trainable, fits
+from concertina.layout import Layout, Seating, check_job, fits, layout_with
 from concertina.layout.refusals import divisors
 
 if TYPE_CHECKING:
@@ -21,47 +21,49 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_layout", "seat", "take_seats"]
 
-CHOSEN = ("tp", "etp", "ep")
-"""Axes that are chosen, the weightiest first: tp and etp cut heads and widths, ep only deals experts out."""
+CHOSEN = ("pp", "tp", "cp", "etp", "ep")
+"""Axes that are chosen, the weightiest first: pp decides how the model is cut into stages, tp and etp cut heads and
+widths, cp cuts sequences, ep only deals experts out."""
 
 
 def choose_layout(job: Job, members: int) -> tuple[Layout, str]:
     """The layout of the largest world that fits the job and has at most `members` ranks, and why it is that one.
 
     Never more ranks than `cluster.num_workers`. Of the layouts of that world, the one whose degrees are the job's; else
-    the nearest below them (fewer cuts need less exchange, and more replicas), above them only where nothing else fits.
+    the nearest below them (fewer cuts need less exchange, and more replicas), above them only where nothing else fits,
+    and never more pipeline stages or chunks of a sequence.
     Memory is not looked at. Raises CapacityError without members, LayoutError where no world fits.
     """
     most = min(members, job.cluster.num_workers)
     if most < 1:
         raise CapacityError("no member is left to train on: add nodes and resume", members=members)
-    wanted = job.layout.model_dump(exclude={"sequence_parallel"})
-    check_trainable(Layout(wanted["pp"] * wanted["cp"], pp=wanted["pp"], cp=wanted["cp"]))
+    wanted = job.layout.degrees
     for world in range(most, 0, -1):
-        found = _nearest(job, world, wanted)
-        if found is not None:
-            return found, _why(found, wanted, most, members)
-    alone = {"layout": job.layout.model_copy(update=dict.fromkeys(CHOSEN, 1))}
+        degrees = _nearest(job, world, wanted)
+        if degrees is not None:
+            layout = layout_with(job, world, degrees)
+            return layout, _why(layout, wanted, most, members)
+    uncut = {**dict.fromkeys(CHOSEN, 1), "virtual_stages": 1, "stage_layers": None}
+    alone = {"layout": job.layout.model_copy(update=uncut)}
     check_job(job.model_copy(update={**alone, "cluster": job.cluster.model_copy(update={"num_workers": 1})}))
     raise AssertionError("what one rank can train was not found")
 
 
-def _nearest(job: Job, world: int, wanted: Mapping[str, int]) -> Layout | None:
-    """The layout of `world` ranks that is nearest to the wanted degrees; None where none fits."""
-
-    def nearest(axis: str, others: Mapping[str, int]) -> Iterator[int]:
-        """Values of an axis that fit beside the others, the nearest first."""
-        by_distance = sorted(divisors(world), key=lambda value: _distance(value, wanted[axis]))
-        return (value for value in by_distance if fits(job, world, {**others, axis: value}))
-
-    degrees = dict.fromkeys(("pp", "cp", *CHOSEN), 1)
-    # The grids are bound only by the world, the batch sees tp alone: one axis after the other finds the nearest of all.
-    for axis in CHOSEN:
-        value = next(nearest(axis, degrees), None)
-        if value is None:
-            return None
-        degrees[axis] = value
-    return Layout(world, **degrees)
+def _nearest(job: Job, world: int, wanted: Mapping[str, int]) -> dict[str, int] | None:
+    """The degrees of `world` ranks that are nearest to the wanted ones, by the weight of axes; None where none fit."""
+    by_distance = {axis: sorted(divisors(world), key=lambda value: _distance(value, wanted[axis])) for axis in CHOSEN}
+    for axis in ("pp", "cp"):
+        by_distance[axis] = [value for value in by_distance[axis] if value <= wanted[axis]]
+    alone = dict.fromkeys(CHOSEN, 1)
+    # Both grids are bound by the stage, the batch sees attention's alone: what experts refuse is found after it.
+    for pp, tp, cp in product(*(by_distance[axis] for axis in ("pp", "tp", "cp"))):
+        if world % (pp * tp * cp) or not fits(job, world, {**alone, "pp": pp, "tp": tp, "cp": cp}):
+            continue
+        for etp, ep in product(by_distance["etp"], by_distance["ep"]):
+            degrees = {"pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
+            if not world // pp % (etp * ep) and fits(job, world, degrees):
+                return degrees
+    return None
 
 
 def _distance(value: int, wanted: int) -> tuple[bool, float]:
@@ -70,7 +72,8 @@ def _distance(value: int, wanted: int) -> tuple[bool, float]:
 
 def _why(layout: Layout, wanted: Mapping[str, int], most: int, members: int) -> str:
     """`world 3 (dp 3, tp 1, ep 1, etp 1): all 3 members; ep=2 does not fit`."""
-    degrees = ", ".join(f"{axis} {layout.degrees[axis]}" for axis in ("dp", *CHOSEN))
+    shown = [axis for axis in CHOSEN if axis not in ("pp", "cp") or max(wanted[axis], layout.degrees[axis]) > 1]
+    degrees = ", ".join(f"{axis} {layout.degrees[axis]}" for axis in ("dp", *shown))
     reasons = [f"all {members} members" if most == members else f"the job's {most} of {members} members"]
     if layout.world < most:
         reasons = [f"the largest that model and batch fit, of {most}"]

@@ -1,6 +1,6 @@
 """Who is where: axes, the two grids, groups, boxes."""
 
-from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, STAGE, Axis
+from concertina.layout.axis import ATTENTION, ENDS, EXPERT, GROUPS, STAGE, Axis
 from concertina.layout.box import Box, cut
 from concertina.layout.buckets import (
     BUCKET_BYTES,
@@ -11,8 +11,9 @@ from concertina.layout.buckets import (
     segment_length,
     split_dim,
 )
+from concertina.layout.chunks import Exchange, chunks, chunks_size, travels_in_ring
 from concertina.layout.draw import draw
-from concertina.layout.fit import check_job, check_trainable, fits
+from concertina.layout.fit import check_job, fits, layout_with
 from concertina.layout.fold import Layout
 from concertina.layout.grid import Grid
 from concertina.layout.seating import Seating
@@ -22,11 +23,13 @@ from concertina.layout.shards import Fill, HeadCut, Shard, cut_heads, kv_copies,
 __all__ = [
     "ATTENTION",
     "BUCKET_BYTES",
+    "ENDS",
     "EXPERT",
     "GROUPS",
     "STAGE",
     "Axis",
     "Box",
+    "Exchange",
     "Fill",
     "Grid",
     "HeadCut",
@@ -36,12 +39,14 @@ __all__ = [
     "Shard",
     "Slot",
     "check_job",
-    "check_trainable",
+    "chunks",
+    "chunks_size",
     "cut",
     "cut_heads",
     "draw",
     "fits",
     "kv_copies",
+    "layout_with",
     "plan_buckets",
     "plan_slots",
     "rank_slots",
@@ -49,4 +54,5 @@ __all__ = [
     "segments",
     "shards",
     "split_dim",
+    "travels_in_ring",
 ]

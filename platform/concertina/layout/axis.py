@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["ATTENTION", "EXPERT", "GROUPS", "STAGE", "Axis"]
+__all__ = ["ATTENTION", "ENDS", "EXPERT", "GROUPS", "STAGE", "Axis"]
 
 
 class Axis(StrEnum):
@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[Axis, ...]] = {
     "cp": (Axis.CP,),
     "dp": (Axis.DP,),
     "dp_cp": (Axis.DP, Axis.CP),
+    "tp_cp": (Axis.TP, Axis.CP),
     "pp": (Axis.PP,),
     "ep": (Axis.EP,),
     "etp": (Axis.ETP,),
@@ -51,3 +52,6 @@ GROUPS: dict[str, tuple[Axis, ...]] = {
 STAGE = "dp_cp_tp"
 """The group of a whole pipeline stage: what every lane of tp holds alike is summed over it. `layout -o json` does not
 list it: it is attention's grid without the pipeline."""
+
+ENDS = "dp_cp_ends"
+"""dp_cp of the first and of the last pipeline stage together: where a weight that embedding and head share is held."""

@@ -6,24 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from concertina.errors import LayoutError
-from concertina.layout.axis import Axis
 from concertina.layout.fold import Layout
 from concertina.layout.refusals import Degrees, Fault, misfits, world_faults
 
 if TYPE_CHECKING:  # building the schema takes longer than printing 16,384 ranks
     from concertina.config import Job, ModelConfig
 
-__all__ = ["check_job", "check_trainable", "fits"]
-
-
-def check_trainable(layout: Layout) -> None:
-    """Raises LayoutError for what can be laid out and not be trained yet: pipelines and context parallelism."""
-    wanted = [f"{axis.value}={layout.degree(axis)}" for axis in (Axis.PP, Axis.CP) if layout.degree(axis) > 1]
-    if wanted:
-        raise LayoutError(
-            f"the engine does not train {' '.join(wanted)} yet: set layout.pp and cp to 1 "
-            "(`concertina layout` draws any of them)"
-        )
+__all__ = ["check_job", "fits", "layout_with"]
 
 
 def check_job(job: Job) -> Layout:
@@ -31,19 +20,28 @@ def check_job(job: Job) -> Layout:
 
     Raises LayoutError with every misfit: `data["problems"]` the lines, `data["keys"]` the job file's key of each.
     """
-    world, degrees = job.cluster.num_workers, job.layout.model_dump(exclude={"sequence_parallel"})
+    world, degrees = job.cluster.num_workers, job.layout.degrees
 
     def faults(degrees: Degrees) -> list[Fault]:
         return [*world_faults(world, degrees), *_shape_faults(job.model, job.data.sequence_length, degrees)]
 
     found = [(f"layout.{axis}", line) for axis, line in misfits(world, degrees, faults)]
+    found = found or list(_stage_misfits(job))
     if not found:
-        layout = Layout(world, **degrees)
+        layout = layout_with(job, world, degrees)
         found = list(_batch_misfits(job, layout.dp))
         if not found:
             return layout
     lines = [line for _, line in found]
     raise LayoutError("\n".join(lines), problems=lines, keys=[key for key, _ in found])
+
+
+def layout_with(job: Job, world: int, degrees: Degrees) -> Layout:
+    """The layout of these degrees, which fit; stages have the job's pieces and layers where they are as many as its."""
+    wanted, pp = job.layout, degrees["pp"]
+    virtual = wanted.virtual_stages if 1 < pp * wanted.virtual_stages <= job.model.num_hidden_layers and pp > 1 else 1
+    as_wanted = pp == wanted.pp and virtual == wanted.virtual_stages
+    return Layout(world, **degrees, virtual=virtual, stage_layers=(wanted.stage_layers or ()) if as_wanted else ())
 
 
 def fits(job: Job, world: int, degrees: Degrees) -> bool:
@@ -89,6 +87,27 @@ def _expert_widths(model: ModelConfig) -> dict[str, int]:
     """What etp cuts."""
     has_experts = any(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers))
     return {"moe_intermediate_size": model.moe_intermediate_size} if has_experts else {}
+
+
+def _stage_misfits(job: Job) -> Iterator[tuple[str, str]]:
+    """What cannot be said of the job's pipeline stages."""
+    layout, layers = job.layout, job.model.num_hidden_layers
+    pieces = layout.pp * layout.virtual_stages
+    if layout.virtual_stages > 1 and layout.pp == 1:
+        yield (
+            "layout.virtual_stages",
+            f"virtual_stages={layout.virtual_stages} needs stages: set layout.pp to 2 or more",
+        )
+    elif pieces > layers:
+        most = layers // layout.pp
+        text = (
+            f"virtual_stages={layout.virtual_stages} times pp={layout.pp} is more than model.num_hidden_layers={layers}"
+        )
+        yield "layout.virtual_stages", f"{text}: set layout.virtual_stages to {most} or less"
+    given = layout.stage_layers
+    if given is not None and (len(given) != pieces or sum(given) != layers):
+        text = f"stage_layers has {len(given)} numbers that add up to {sum(given)}"
+        yield "layout.stage_layers", f"{text}: give {pieces} (pp * virtual_stages) that add up to {layers} layers"
 
 
 def _batch_misfits(job: Job, dp: int) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from concertina.errors import LayoutError
 from concertina.layout.axis import ATTENTION, EXPERT, GROUPS, STAGE, Axis
+from concertina.layout.box import cut
 from concertina.layout.grid import Grid
 from concertina.layout.refusals import misfits, world_faults
 
@@ -33,10 +34,14 @@ class Layout:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    virtual: int = 1
+    """Pieces of the model that a pipeline stage has; more than one interleaves them."""
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each of the pp * virtual pieces, in the model's order; empty: as evenly as can be."""
 
     def __post_init__(self) -> None:
         degrees = {"pp": self.pp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "etp": self.etp}
-        given = {"world": self.world, **degrees}
+        given = {"world": self.world, **degrees, "virtual": self.virtual}
         found = [(key, f"{key}={value} must be at least 1") for key, value in given.items() if value < 1]
         found = found or misfits(self.world, degrees, lambda degrees: world_faults(self.world, degrees))
         if found:
@@ -47,6 +52,27 @@ class Layout:
     def of(cls, world: int, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> Layout:
         """The layout with these degrees."""
         return cls(world, pp, cp, tp, ep, etp)
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces of consecutive layers the model is cut."""
+        return self.pp * self.virtual
+
+    def piece_layers(self, num_layers: int, piece: int) -> range:
+        """The layers of piece number `piece`, which is on stage `piece % pp`."""
+        if not self.stage_layers:
+            return range(*cut(num_layers, self.pieces, piece))
+        assert sum(self.stage_layers) == num_layers, (self, num_layers)
+        start = sum(self.stage_layers[:piece])
+        return range(start, start + self.stage_layers[piece])
+
+    def pieces_of(self, rank: int) -> range:
+        """The pieces that `rank` has, in the model's order."""
+        return range(self.coordinate(rank, Axis.PP), self.pieces, self.pp)
+
+    def layers_of(self, num_layers: int, rank: int) -> list[int]:
+        """The layers that `rank` has, in the model's order."""
+        return [layer for piece in self.pieces_of(rank) for layer in self.piece_layers(num_layers, piece)]
 
     @property
     def stage(self) -> int:
@@ -86,7 +112,7 @@ class Layout:
         return self.grid(axis).coordinate(rank, axis)
 
     def groups(self, name: str) -> list[list[int]]:
-        """Every group called `name` (tp cp dp dp_cp dp_cp_tp pp ep etp edp etp_ep): each rank is in one."""
+        """Every group called `name` (tp cp dp dp_cp tp_cp dp_cp_tp pp ep etp edp etp_ep): each rank is in one."""
         axes = _AXES[name]
         return self.grid(*axes).groups(axes)
 
@@ -94,6 +120,15 @@ class Layout:
         """Ranks of the group called `name` that `rank` is in, ascending."""
         axes = _AXES[name]
         return self.grid(*axes).group_of(axes, rank)
+
+    def ends_of(self, rank: int) -> tuple[int, ...]:
+        """Ranks of the first and the last stage in the lane of tp of `rank`, ascending; none but `rank` for a rank of
+        another stage, or where there is one stage."""
+        stage = self.coordinate(rank, Axis.PP)
+        if self.pp == 1 or stage not in (0, self.pp - 1):
+            return (rank,)
+        first = tuple(r - stage * self.stage for r in self.group_of("dp_cp", rank))
+        return first + tuple(r + (self.pp - 1) * self.stage for r in first)
 
     def neighbours_of(self, rank: int, lanes: int) -> tuple[int, ...]:
         """Ranks of the stage of `rank` that stand in the same block of `lanes` lanes of tp, ascending: dp_cp for 1,

@@ -1,8 +1,9 @@
 """Which box of each parameter's optimizer shard (master weight, two moments) does a rank own?
 
 As `buckets.py` cuts it: the local box of a parameter, in as many parts as its group has ranks. Every element of the
-model has one owner. Parameters that differ only in their layer are cut alike, so there is one table for all of them:
-a few lanes (the distinct local boxes), and in each lane the ranks that share it, in the order of their parts.
+model has one owner. Parameters of a pipeline stage that differ only in their layer are cut alike, so there is one table
+for all of them: a few lanes (the distinct local boxes), and in each lane the ranks that share it, in the order of their
+parts.
 
 Not re-exported by the package: it needs numpy, which takes longer to import than most commands that need a layout.
 """
@@ -10,6 +11,7 @@ Not re-exported by the package: it needs numpy, which takes longer to import tha
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from concertina.layout.axis import ENDS
 from concertina.layout.box import Box
 from concertina.layout.buckets import split_dim
 from concertina.layout.fold import Layout
@@ -70,16 +73,19 @@ class Cuts:
 
     @cached_property
     def _places(self) -> tuple[Ints, Ints]:
-        """Lane and part of each rank."""
-        lane, part = np.empty((2, self.ranks.size), dtype=np.int64)
+        """Lane and part of each rank, -1 of those that have none of these parameters."""
+        lane, part = np.full((2, int(self.ranks.max()) + 1), -1, dtype=np.int64)
         lane[self.ranks] = np.arange(len(self.lanes))[:, None]
         part[self.ranks] = np.arange(self.parts)
         return lane, part
 
     def box(self, rank: int) -> Box:
         """What `rank` owns of each of these parameters; may be empty."""
-        lane, part = (int(place[rank]) for place in self._places)
-        return self.lanes[lane].cut(self.dims[lane], self.parts, part)
+        lanes, parts = self._places
+        if rank >= len(lanes) or lanes[rank] < 0:
+            return Box(self.lanes[0].start, self.lanes[0].start)
+        lane = int(lanes[rank])
+        return self.lanes[lane].cut(self.dims[lane], self.parts, int(parts[rank]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,36 +108,54 @@ class Ownership:
 
 @lru_cache(maxsize=16)
 def ownership(model: ModelConfig, layout: Layout) -> Ownership:
-    """The tables of all parameters. Pipelines are not trained, so `layout.pp` must be 1."""
-    assert layout.pp == 1, layout
+    """The tables of all parameters."""
     dense = [layer for layer in range(model.num_hidden_layers) if not model.is_moe_layer(layer)]
     sparse = [layer for layer in range(model.num_hidden_layers) if model.is_moe_layer(layer)]
     samples = [*dense[:1], *sparse[:1]]
-    alike: dict[str, list[str]] = {}
-    names = tuple(shards(model, layout, 0))
+    stages = _stages(model, layout)
+    names = tuple(shards(model, Layout(1), 0))
+    alike: dict[tuple[str, int], list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"^layers\.\d+\.", "layers.*.", name), []).append(name)
+        alike.setdefault((re.sub(r"^layers\.\d+\.", "layers.*.", name), stages(name)), []).append(name)
     # The first lanes.size ranks stand in different lanes, on either grid.
     local = [shards(model, layout, rank, samples) for rank in range(max(layout.tp, layout.ep * layout.etp))]
+    sample_of = {re.sub(r"^layers\.\d+\.", "layers.*.", name): name for name in reversed(local[0])}
     cuts = []
-    for same in alike.values():
-        sample = next(name for name in same if name in local[0])
+    for (kind, stage), same in alike.items():
+        sample = sample_of[kind]
         ranks = _ranks(layout, local[0][sample].group, kv_copies(model, layout.tp))
         lanes = tuple(local[int(rank)][sample].box for rank in ranks[:, 0])
-        cuts.append(Cuts(tuple(same), lanes, ranks))
+        cuts.append(Cuts(tuple(same), lanes, ranks + stage * layout.stage))
     return Ownership(names, tuple(cuts))
 
 
+def _stages(model: ModelConfig, layout: Layout) -> Callable[[str], int]:
+    """Which pipeline stage a parameter is on; of a shared embedding, the first."""
+    of_layer = {
+        layer: piece % layout.pp
+        for piece in range(layout.pieces)
+        for layer in layout.piece_layers(model.num_hidden_layers, piece)
+    }
+
+    def stage(name: str) -> int:
+        if name.startswith("layers."):
+            return of_layer[int(name.split(".")[1])]
+        return 0 if name.startswith("embedding.") else layout.pp - 1
+
+    return stage
+
+
 def _ranks(layout: Layout, group: str, lanes_of_kv_head: int) -> Ints:
-    """Every group of that name (`shards.py`), [lane, position]: the ranks that hold one lane."""
-    everyone = np.arange(layout.world)
+    """Every group of that name (`shards.py`) of the first stage, [lane, position]: the ranks that hold one lane."""
+    stage = np.arange(layout.stage)
     if group == "dp_cp_tp":
-        return everyone[None]
+        return stage[None]
     if group == "edp":
-        return everyone.reshape(layout.edp, -1).T
+        return stage.reshape(layout.edp, -1).T
     copies = lanes_of_kv_head if group == "dp_cp_kv" else 1
-    blocks = everyone.reshape(-1, layout.tp // copies, copies)
-    return blocks.transpose(1, 0, 2).reshape(layout.tp // copies, -1)
+    blocks = stage.reshape(-1, layout.tp // copies, copies)
+    ranks = blocks.transpose(1, 0, 2).reshape(layout.tp // copies, -1)
+    return np.concatenate([ranks, ranks + (layout.pp - 1) * layout.stage], 1) if group == ENDS else ranks
 
 
 def pieces(model: ModelConfig, layout: Layout, rank: int) -> dict[str, Box]:

@@ -161,10 +161,14 @@ def plan_moves(
     was, will = ownership(model, old.layout), ownership(model, new.layout)
     numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes.values()))}
     have, want = _Holders.of(old, present, nodes, numbers), _Holders.of(new, new.members, nodes, numbers)
+    alike: dict[tuple[int, int], list[str]] = {}
+    for name in was.names:
+        alike.setdefault((was.index[name], will.index[name]), []).append(name)
     rows = []
-    for before, after in zip(was.cuts, will.cuts, strict=True):
+    for (old_cuts, new_cuts), names in alike.items():
+        before, after = was.cuts[old_cuts], will.cuts[new_cuts]
         common = overlaps(after, before) if only is None else _touching(after, before, have, want, only)
-        rows.append(_moves(before.names, common, have, want, only))
+        rows.append(_moves(tuple(names), common, have, want, only))
     lost = np.flatnonzero((have.members == ABSENT).all(axis=0))
     return ReshardPlan(was.names, tuple(rows), _pieces_of(was, lost.tolist()), nodes)
 

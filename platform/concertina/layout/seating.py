@@ -6,7 +6,7 @@ A *member* is one process of a run, numbered for life; its *rank* is its seat in
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -56,10 +56,8 @@ class Seating:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` makes a seating of."""
-        layout = self.layout
-        degrees = [layout.world, layout.pp, layout.cp, layout.tp, layout.ep, layout.etp]
         return {
-            "layout": degrees,
+            "layout": asdict(self.layout),
             "members": list(self.members),
             "seconds": list(self.seconds),
             "spares": list(self.spares),
@@ -67,5 +65,6 @@ class Seating:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Seating:
-        layout = Layout.of(*document["layout"])
+        given = document["layout"]
+        layout = Layout(**{**given, "stage_layers": tuple(given["stage_layers"])})
         return cls(layout, tuple(document["members"]), tuple(document["seconds"]), tuple(document["spares"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from concertina.layout.axis import GROUPS, STAGE
+from concertina.layout.axis import ENDS, GROUPS, STAGE
 from concertina.layout.buckets import Slot, plan_buckets, rank_slots
 from concertina.layout.fold import Layout
 from concertina.layout.shards import kv_copies, shards
@@ -50,4 +50,6 @@ def _ranks(model: ModelConfig, layout: Layout, rank: int, group: str) -> tuple[i
     """The ranks that hold the same boxes as `rank` of the parameters of `group`."""
     if group in (*GROUPS, STAGE):
         return layout.group_of(group, rank)
+    if group == ENDS:
+        return layout.ends_of(rank)
     return layout.neighbours_of(rank, kv_copies(model, layout.tp))

@@ -8,6 +8,7 @@ Every rank that holds the same box adds its part of the gradient: those ranks ar
     dp_cp      one slice of the lanes of tp, all dp and cp           projections, embeddings
     dp_cp_kv   as dp_cp, and the lanes that share a key-value head   keys and values where tp exceeds their heads
     dp_cp_tp   the whole pipeline stage                              norms, routers
+    dp_cp_ends as dp_cp, of the first and last pipeline stage        an embedding that the head shares
 
 Shapes: V vocabulary, D hidden, N key-value heads, G query heads of each, C width of a head, F width, E experts.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from concertina.layout.axis import Axis
+from concertina.layout.axis import ENDS, Axis
 from concertina.layout.box import Box, cut
 from concertina.layout.fold import Layout
 
@@ -82,15 +83,20 @@ def cut_heads(model: ModelConfig, tp: int, lane: int) -> HeadCut:
 def shards(model: ModelConfig, layout: Layout, rank: int, layers: Iterable[int] | None = None) -> dict[str, Shard]:
     """Every parameter of `rank` by global name, in the order of computation; a tied weight once.
 
-    `layers`: these only, with what stands outside of layers.
+    `layers`: these, with all that stands outside of layers, wherever they are; absent: what is on the rank's stage.
     """
-    table = _Table(model, layout, rank)
-    table.vocabulary("embedding.weight")
-    for layer in range(model.num_hidden_layers) if layers is None else layers:
+    table, mine = _Table(model, layout, rank), layout.pieces_of(rank)
+    starts, ends = (layers is not None or piece in mine for piece in (0, layout.pieces - 1))
+    if starts:
+        table.vocabulary("embedding.weight", shared=model.tie_word_embeddings)
+    for layer in layout.layers_of(model.num_hidden_layers, rank) if layers is None else layers:
         table.layer(f"layers.{layer}", is_moe=model.is_moe_layer(layer))
-    table.everywhere("norm.weight", (model.hidden_size,), "ones")
-    if not model.tie_word_embeddings:
+    if ends:
+        table.everywhere("norm.weight", (model.hidden_size,), "ones")
+    if ends and not model.tie_word_embeddings:
         table.vocabulary("head.weight")
+    elif ends and not starts:
+        table.vocabulary("embedding.weight", shared=True)
     return table.found
 
 
@@ -112,12 +118,14 @@ class _Table:
         """The same on every rank of the stage."""
         self._add(name, shape, {}, "dp_cp_tp", fill, 1)
 
-    def sliced(self, name: str, shape: tuple[int, ...], dim: int) -> None:
+    def sliced(self, name: str, shape: tuple[int, ...], dim: int, group: str = "dp_cp") -> None:
         """One slice along `dim` a lane of tp."""
-        self._add(name, shape, {dim: cut(shape[dim], self.tp, self.lane)}, "dp_cp", "normal", self.tp)
+        self._add(name, shape, {dim: cut(shape[dim], self.tp, self.lane)}, group, "normal", self.tp)
 
-    def vocabulary(self, name: str) -> None:
-        self.sliced(name, (self.model.vocab_size, self.model.hidden_size), 0)
+    def vocabulary(self, name: str, shared: bool = False) -> None:
+        """A row for every token; `shared` between embedding and head."""
+        group = ENDS if shared and self.layout.pp > 1 else "dp_cp"
+        self.sliced(name, (self.model.vocab_size, self.model.hidden_size), 0, group)
 
     def queries(self, name: str, shape: tuple[int, ...], first: int, fill: Fill = "normal") -> None:
         """Something a query head has: its dimensions N, G stand at `first`."""

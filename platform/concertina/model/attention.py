@@ -2,7 +2,7 @@
 
 A lane of tp has its share of the key-value heads with their queries, or, where there are fewer of them than lanes, some
 queries of one. Shapes: B sequences, S positions, T = B * S tokens, D hidden, N key-value heads here, G query heads of
-each here, C width of a head. Weights are grouped by key-value head: a cut over heads is one box.
+each here, C width of a head, V of its values. Weights are grouped by key-value head: a cut over heads is one box.
 """
 
 from __future__ import annotations
@@ -13,20 +13,35 @@ from torch.nn import functional as F
 
 from concertina.layout import cut_heads
 from concertina.model.attention_blocks import LONGEST, attend_in_blocks
+from concertina.model.attention_tiles import attend_in_tiles
 from concertina.model.linear import linear
 from concertina.model.norm import Pieces, RMSNorm
 from concertina.model.parameters import Build, Part
 from concertina.model.rope import Rotation, rotate
+from concertina.model.sight import Sight
 
-__all__ = ["Attention", "attend", "core"]
+__all__ = ["Attention", "attend", "attend_apart", "core"]
 
 
-def attend(q_BSNGC: Tensor, kv_BSN2C: Tensor, turn: Rotation) -> Tensor:
-    """Rotate queries and keys, attend causally, by the kernel that measures fastest: [B, S, N, G, C]."""
+def attend(q_BSNGC: Tensor, kv_BSN2C: Tensor, sight: Sight) -> Tensor:
+    """Rotate queries and keys, attend to what is seen, by the kernel that measures fastest: [B, S, N, G, C]."""
+    if not sight.is_plain:
+        k, v = kv_BSN2C.unbind(3)
+        return attend_apart(rotate(q_BSNGC, sight.turn), rotate(k, sight.turn), v, sight)
     wide = q_BSNGC.dtype in (torch.float32, torch.float64)
     if q_BSNGC.device.type == "cpu" and wide and q_BSNGC.shape[1] <= LONGEST:
-        return attend_in_blocks(q_BSNGC, kv_BSN2C, turn)
-    return core(q_BSNGC, kv_BSN2C, turn)
+        return attend_in_blocks(q_BSNGC, kv_BSN2C, sight.turn)
+    return core(q_BSNGC, kv_BSN2C, sight.turn)
+
+
+def attend_apart(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor, sight: Sight) -> Tensor:
+    """Attend with rotated queries and keys, whatever the values' width, to keys wherever they are: [B, S, N, G, V].
+    All ranks of cp must call it."""
+    b, s, n, g, _ = q_BSNGC.shape
+    q_MGSC = q_BSNGC.permute(0, 2, 3, 1, 4).flatten(0, 1)
+    kv_SMW = torch.cat([k_BSNC, v_BSNV], 3).transpose(0, 1).flatten(1, 2)
+    out_MGSV = attend_in_tiles(q_MGSC.contiguous(), kv_SMW.contiguous(), sight)
+    return out_MGSV.view(b, n, g, s, -1).permute(0, 3, 1, 2, 4)
 
 
 def core(q_BSNGC: Tensor, kv_BSN2C: Tensor, turn: Rotation) -> Tensor:
@@ -85,5 +100,5 @@ class Attention(Part):
         """The output projection, of the heads here: [T, D], to be summed over the lanes of tp."""
         return linear(heads_BSNGC.reshape(-1, self.output[0].numel()), self.output.flatten(1))
 
-    def forward(self, x_TD: Tensor, num_sequences: int, turn: Rotation) -> Tensor:
-        return self.combine_heads(attend(*self.project(x_TD, num_sequences), turn))
+    def forward(self, x_TD: Tensor, num_sequences: int, sight: Sight) -> Tensor:
+        return self.combine_heads(attend(*self.project(x_TD, num_sequences), sight))

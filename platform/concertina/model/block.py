@@ -12,8 +12,8 @@ from concertina.model.mlp import SwiGLU
 from concertina.model.moe import MoE
 from concertina.model.norm import ResidualNorm
 from concertina.model.parameters import Build, Part
-from concertina.model.rope import Rotation
 from concertina.model.router import Routing
+from concertina.model.sight import Sight
 from concertina.model.span import Span
 from concertina.parallel.dispatch import Dispatcher
 
@@ -35,11 +35,11 @@ class Block(Part):
         else:
             self.mlp = SwiGLU(build, f"{self.prefix}.mlp")
 
-    def attend(self, x_RD: Tensor, span: Span, turn: Rotation) -> Tensor:
+    def attend(self, x_RD: Tensor, span: Span, sight: Sight) -> Tensor:
         """The attention half."""
         lanes = self.build.lanes
         x_TD = lanes.enter(self.attention_norm(x_RD), span.num_tokens)
-        return x_RD + lanes.leave(self.attention(x_TD, span.num_sequences, turn))
+        return x_RD + lanes.leave(self.attention(x_TD, span.num_sequences, sight))
 
     def feed_forward(self, x_RD: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
         """The other half; a dense layer has no routing."""
@@ -51,5 +51,5 @@ class Block(Part):
         lanes = self.build.lanes
         return x_RD + lanes.leave(self.mlp(lanes.enter(normed, span.num_tokens))), None
 
-    def forward(self, x_RD: Tensor, span: Span, turn: Rotation) -> tuple[Tensor, Routing | None]:
-        return self.feed_forward(self.attend(x_RD, span, turn), span)
+    def forward(self, x_RD: Tensor, span: Span, sight: Sight) -> tuple[Tensor, Routing | None]:
+        return self.feed_forward(self.attend(x_RD, span, sight), span)

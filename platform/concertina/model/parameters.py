@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from concertina.config import ModelConfig
 from concertina.layout import Shard
 from concertina.model.init import initialize
+from concertina.parallel.context import Context
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 
@@ -32,6 +33,7 @@ class Build:
     shards: dict[str, Shard]
     groups: Groups
     lanes: Lanes
+    context: Context
     initial: bool = True
 
 

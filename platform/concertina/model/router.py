@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from concertina.model.choice import choose, moved, score, shares, weigh
+from concertina.model.choice import choose, score, shares, weigh
 from concertina.model.init import draw_normal, key_of
 from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
@@ -42,7 +42,7 @@ class Routing:
 class Router(Part):
     """Logits in at least fp32: rounding must not decide where a token goes.
 
-    `bias` is state, not a parameter: no gradient moves it, `balance` does.
+    `bias` is state, not a parameter: no gradient moves it, `Decoder.balance` does.
     """
 
     router: Tensor
@@ -59,7 +59,7 @@ class Router(Part):
         self.register_buffer("bias", start if build.model.has_router_bias else None)
 
     def forward(self, x_RD: Tensor, span: Span) -> Routing:
-        """Route the tokens of `span`. All lanes of tp must call it."""
+        """Route the tokens of `span`. All ranks that have tokens of its sequences must call it (tp_cp)."""
         model, lanes = self.build.model, self.build.lanes
         logits_RE = self._logits(x_RD, span)
         scores_RE = score(logits_RE, model)
@@ -98,22 +98,12 @@ class Router(Part):
 
     def _count(self, ids_RK: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Choices of each sequence wherever its tokens are [B, E], and those that this lane answers for [E]."""
-        lanes = self.build.lanes
+        lanes, groups = self.build.lanes, self.build.groups
         counts_BE = count_experts(ids_RK, span.sequence_R, span.num_sequences, self.build.model.num_experts)
         counts_E = counts_BE.sum(0)
-        if not lanes.replicated:
-            counts_BE = all_reduce_sum(counts_BE, lanes.group).finish()
-        elif not lanes.speaks:
+        if lanes.replicated and not lanes.speaks:
             counts_E = torch.zeros_like(counts_E)
-        return counts_BE, counts_E
-
-    def balance(self, counts_E: Tensor) -> None:
-        """After an applied step whose global batch gave the experts `counts_E` tokens: move the bias, if there is one.
-
-        Every rank of the stage does it, with the same counts.
-        """
-        if self.bias is not None:
-            self.bias.copy_(moved(self.bias, counts_E.to(self.bias.device), self.build.model.router_bias_update_rate))
+        return all_reduce_sum(counts_BE, groups["cp" if lanes.replicated else "tp_cp"]).finish(), counts_E
 
 
 def count_experts(ids_RK: Tensor, sequence_R: Tensor, num_sequences: int, num_experts: int) -> Tensor:

@@ -14,13 +14,13 @@ E experts, X = groups * E queues, B bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from concertina.config import ModelConfig
-from concertina.layout import Axis
+from concertina.layout import Axis, chunks, chunks_size
 from concertina.parallel.collectives import all_reduce_sum, gather_counts
 from concertina.parallel.groups import Group, Groups
 from concertina.parallel.lanes import Lanes
@@ -35,8 +35,10 @@ _INTEGERS = {4: torch.int32, 8: torch.int64}
 class Quota:
     """What experts take of one micro-batch: `capacity` choices of each of its groups.
 
-    `group_R`: the group of each token here, of `num_groups`; `sharers`: the ranks that hold tokens of the same groups,
-    in order of position. `padded`: rows of every expert from each rank of etp_ep; absent: as many as there are.
+    `group_R`: the group of each token here, of `num_groups`; `sharers`: the ranks that hold tokens of the same groups.
+    A group is `num_pieces` pieces in order of position, `piece_R` is each token's (absent: there is one); of a piece,
+    the sharers have tokens in their order. `padded`: rows of every expert from each rank of etp_ep; absent: as many as
+    there are.
     """
 
     capacity: int
@@ -46,17 +48,48 @@ class Quota:
     group_R: Tensor
     sharers: Group
     padded: tuple[int, ...] | None = None
+    piece_R: Tensor | None = None
+    num_pieces: int = 1
 
     def keep(self, expert_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Which choices are kept: bool [R, K]. Weights are fp32 or float64. All `sharers` must call it."""
-        queue_N = (expert_ids_RK + self.group_R.unsqueeze(1) * self.num_experts).view(-1)
-        num_queues = self.num_groups * self.num_experts
-        if self.by_weight:
-            kept_N = _heaviest(_bits(weights_RK), queue_N, num_queues, self.capacity, self.sharers)
+        queues = _Queues(self, expert_ids_RK)
+        if not self.by_weight:
+            kept_N = queues.places() < self.capacity
+        elif self.sharers.size == 1:  # a sort knows it all
+            order_N = _bits(weights_RK).argsort(descending=True, stable=True)
+            kept_N = _places(queues.queue_N, queues.number, order_N)[0] < self.capacity
         else:
-            place_N, counts_X = _places(queue_N, num_queues)
-            kept_N = place_N + _ahead(counts_X, self.sharers)[queue_N] < self.capacity
+            kept_N = _above_threshold(_bits(weights_RK), queues, self.capacity)
         return kept_N.view(expert_ids_RK.shape)
+
+
+class _Queues:
+    """Which queue each choice stands in, and which part of it: that of its piece."""
+
+    def __init__(self, quota: Quota, expert_ids_RK: Tensor) -> None:
+        self.sharers, self.number = quota.sharers, quota.num_groups * quota.num_experts
+        self.shape = (quota.num_groups, quota.num_pieces, quota.num_experts)
+        self.queue_N = (expert_ids_RK + quota.group_R.unsqueeze(1) * quota.num_experts).view(-1)
+        part_R = quota.group_R * quota.num_pieces
+        if quota.piece_R is not None:
+            part_R = part_R + quota.piece_R
+        self.part_N = (expert_ids_RK + part_R.unsqueeze(1) * quota.num_experts).view(-1)
+
+    def places(self, among_N: Tensor | None = None) -> Tensor:
+        """How many of its queue stand before each choice, by position, wherever they are; only those `among_N` count
+        (bool; absent: all), and what is said of others means nothing."""
+        num_parts = self.number * self.shape[1]
+        if among_N is None:
+            place_N, counts_Y = _places(self.part_N, num_parts)
+        else:
+            place_N, counts = _places(self.part_N.masked_fill(~among_N, num_parts), num_parts + 1)
+            counts_Y = counts[:num_parts]
+        everywhere = gather_counts(counts_Y.view(self.shape), self.sharers).finish()
+        whole = everywhere.sum(0)
+        # Pieces before this one, then the ranks before this one in the piece.
+        ahead = whole.cumsum(1) - whole + everywhere[: self.sharers.rank].sum(0)
+        return place_N + ahead.view(-1)[self.part_N]
 
 
 def _bits(weights_RK: Tensor) -> Tensor:
@@ -73,25 +106,12 @@ def _places(queue_N: Tensor, num_queues: int, order_N: Tensor | None = None) -> 
     return torch.empty_like(place).scatter_(0, by_queue, place), counts_X
 
 
-def _ahead(counts_X: Tensor, sharers: Group) -> Tensor:
-    """How many choices of each queue the ranks before this one have."""
-    return gather_counts(counts_X, sharers).finish()[: sharers.rank].sum(0)
-
-
-def _heaviest(bits_N: Tensor, queue_N: Tensor, num_queues: int, capacity: int, sharers: Group) -> Tensor:
+def _above_threshold(bits_N: Tensor, queues: _Queues, capacity: int) -> Tensor:
     """Whether each choice is among the `capacity` largest of its queue, the earlier of equals: bool [N]."""
-    if sharers.size == 1:  # a sort knows it all
-        return _places(queue_N, num_queues, bits_N.argsort(descending=True, stable=True))[0] < capacity
-    return _above_threshold(bits_N, queue_N, num_queues, capacity, sharers)
-
-
-def _above_threshold(bits_N: Tensor, queue_N: Tensor, num_queues: int, capacity: int, sharers: Group) -> Tensor:
-    """The same when others have choices of the same queues."""
-    threshold_X, left_X = _select(bits_N, queue_N, num_queues, capacity, sharers)
+    queue_N = queues.queue_N
+    threshold_X, left_X = _select(bits_N, queue_N, queues.number, capacity, queues.sharers)
     ties_N = bits_N == threshold_X[queue_N]
-    place_N, counts = _places(queue_N.masked_fill(~ties_N, num_queues), num_queues + 1)
-    ahead_X = _ahead(counts[:num_queues], sharers)
-    return (bits_N > threshold_X[queue_N]) | (ties_N & (place_N + ahead_X[queue_N] < left_X[queue_N]))
+    return (bits_N > threshold_X[queue_N]) | (ties_N & (queues.places(ties_N) < left_X[queue_N]))
 
 
 def _select(bits_N: Tensor, queue_N: Tensor, num_queues: int, capacity: int, sharers: Group) -> tuple[Tensor, Tensor]:
@@ -122,39 +142,66 @@ class Capacity:
     def __init__(self, model: ModelConfig, groups: Groups, lanes: Lanes) -> None:
         self.model, self.groups, self.lanes = model, groups, lanes
         self.local = model.capacity.scope == "sub_sequence"
+        self.cp = groups["cp"]
 
     def quota(self, num_sequences: int, length: int, device: torch.device, peers: Sequence[int] | None = None) -> Quota:
-        """For a micro-batch of so many sequences. `peers`: how many each rank of dp has in its own, for padding;
-        absent: the same."""
-        start, stop = self.lanes.share(num_sequences * length)
-        first, last, size = self._counted(num_sequences, length, self.lanes.rank)
-        return Quota(
-            self.model.expert_capacity(size),
+        """For a micro-batch of so many sequences of `length`. `peers`: how many each rank of dp has in its own, for
+        padding; absent: the same."""
+        share = _Share(self, num_sequences, length, self.cp.rank, self.lanes.rank)
+        token_R = torch.arange(share.start, share.stop, device=device)
+        quota = Quota(
+            share.capacity,
             self.model.capacity.priority == "probability",
             self.model.num_experts,
-            -(-(last - first) // size),
-            torch.arange(start - first, stop - first, device=device) // size,
-            Group.alone() if self.local or self.lanes.replicated else self.lanes.group,
+            -(-(share.last - share.first) // max(1, share.size)),
+            (token_R - share.first) // max(1, share.size),
+            self._sharers(),
             self._padded(peers or [num_sequences] * self.groups.layout.dp, length) if self.model.capacity.pad else None,
         )
+        if self.local or self.cp.size == 1:
+            return quota
+        number_S = torch.cat([torch.full((b - a,), n, device=device) for n, (a, b) in _numbered(length, self.cp)])
+        sequences, pieces = self.model.capacity.group_sequences, 2 * self.cp.size
+        piece_R = token_R // share.length % sequences * pieces + number_S[token_R % share.length]
+        return replace(quota, piece_R=piece_R, num_pieces=sequences * pieces)
 
-    def _counted(self, num_sequences: int, length: int, lane: int) -> tuple[int, int, int]:
-        """[first, last) of the micro-batch's tokens that `lane` counts together with, and the size of a group."""
+    def _sharers(self) -> Group:
         if self.local:
-            start, stop = self.lanes.share(num_sequences * length, lane)
-            return start, stop, max(1, stop - start)
-        return 0, num_sequences * length, self.model.capacity.group_sequences * length
+            return Group.alone()
+        return self.cp if self.lanes.replicated else self.groups["tp_cp"]
 
     def _padded(self, peers: Sequence[int], length: int) -> tuple[int, ...]:
         """Rows of an expert from each rank of etp_ep: of each group min(capacity, the group's tokens on that rank)."""
-        layout = self.groups.layout
-        return tuple(
-            self._most_rows(peers[layout.coordinate(rank, Axis.DP)], length, layout.coordinate(rank, Axis.TP))
-            for rank in self.groups["etp_ep"].ranks
-        )
+        layout, rows = self.groups.layout, []
+        for rank in self.groups["etp_ep"].ranks:
+            dp, cp, tp = (layout.coordinate(rank, axis) for axis in (Axis.DP, Axis.CP, Axis.TP))
+            rows.append(_Share(self, peers[dp], length, cp, tp).most_rows())
+        return tuple(rows)
 
-    def _most_rows(self, num_sequences: int, length: int, lane: int) -> int:
-        start, stop = self.lanes.share(num_sequences * length, lane)
-        first, last, size = self._counted(num_sequences, length, lane)
-        here = (min(stop, begin + size) - max(start, begin) for begin in range(first, last, size))
-        return sum(min(self.model.expert_capacity(size), max(0, tokens)) for tokens in here)
+
+class _Share:
+    """Tokens [start, stop) of those that lane `tp` of rank `cp` has of a micro-batch, `length` of each sequence; it
+    counts together with those in [first, last), of which `size` are a group's, that takes `capacity` of an expert."""
+
+    def __init__(self, rule: Capacity, num_sequences: int, length: int, cp: int, tp: int) -> None:
+        self.length = chunks_size(length, rule.cp.size, cp)
+        here, sequences = num_sequences * self.length, rule.model.capacity.group_sequences
+        self.start, self.stop = rule.lanes.share(here, tp)
+        if rule.local:
+            self.first, self.last, self.size = self.start, self.stop, max(1, self.stop - self.start)
+            self.capacity = rule.model.expert_capacity(self.size)
+        else:
+            self.first, self.last, self.size = 0, here, sequences * self.length
+            self.capacity = rule.model.expert_capacity(sequences * length)
+
+    def most_rows(self) -> int:
+        """Rows that an expert can get from here."""
+        begins = range(self.first, self.last, max(1, self.size))
+        here = (min(self.stop, begin + self.size) - max(self.start, begin) for begin in begins)
+        return sum(min(self.capacity, max(0, tokens)) for tokens in here)
+
+
+def _numbered(length: int, cp: Group) -> list[tuple[int, tuple[int, int]]]:
+    """The chunks here, with their numbers among all of a sequence."""
+    own = chunks(length, cp.size, cp.rank)
+    return list(zip((cp.rank, 2 * cp.size - 1 - cp.rank), own, strict=True))

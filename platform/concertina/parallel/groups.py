@@ -6,13 +6,13 @@ drop one generation's groups and form the next in the same process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from concertina.layout import GROUPS, STAGE, Layout
+from concertina.layout import ENDS, GROUPS, STAGE, Layout
 from concertina.parallel.fence import Wires
 from concertina.parallel.forming import Call, Place
 from concertina.parallel.gloo import form_gloo
@@ -36,13 +36,16 @@ __all__ = [
 KV = "dp_cp_kv"
 """Ranks that hold the same key-value heads: dp_cp, and the lanes of tp that share a head where tp exceeds them."""
 
+TP_CP = "tp_cp"
+"""Ranks that have tokens of the same sequences."""
+
 SECONDS = "seconds"
 """All ranks of the world, apart from it: what they send to their second owners waits for nothing else."""
 
 CROWD = "crowd"
 """All members of a generation, spares too: state moves over it."""
 
-GROUP_NAMES = (*GROUPS, STAGE, KV, SECONDS)
+GROUP_NAMES = (*GROUPS, STAGE, KV, ENDS, SECONDS)
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,14 @@ def form_groups(
     world = tuple(range(layout.world))
     members = {"world": world, SECONDS: world}
     members |= {name: layout.group_of(name, rank) for name in (*GROUPS, STAGE)}
-    members[KV] = layout.neighbours_of(rank, lanes_of_kv_head)
+    members |= {KV: layout.neighbours_of(rank, lanes_of_kv_head), ENDS: layout.ends_of(rank)}
+    # Where one of the axes is 1 the other's group has the same ranks: its sockets do for both, which take turns.
+    same = "tp" if layout.cp == 1 else "cp" if layout.tp == 1 else None
+    if same is not None:
+        del members[TP_CP]
     formed = _form(members, rank, "groups", store, options, wires or Wires())
+    if same is not None:
+        formed[TP_CP] = replace(formed[same], name=TP_CP, tap=Tap())
     return Groups(options.generation, layout, formed.pop("world"), formed)
 
 

@@ -51,20 +51,22 @@ class GradientReducer:
     ) -> None:
         self.buckets = buckets
         self._owed, self._check = owed, check
-        self._missing: list[set[str]] = []
-        self._started = 0
         self._last = False
+        self.begin()
         for index, bucket in enumerate(buckets):
             for name, parameter in bucket.parameters.items():
                 # A parameter holds its hooks where Python's collector does not look: they must not hold us in turn, or
                 # neither the engine nor the threads of its groups would ever go.
                 parameter.register_post_accumulate_grad_hook(partial(_take, ref(self), index, name))
 
-    def arm(self, last: bool) -> None:
-        """Before each micro-batch's backward; `last` says that gradients are complete after it."""
-        self._last = last
+    def begin(self) -> None:
+        """A step: nothing of it is here, whatever became of the one before."""
         self._missing = [set(bucket.parameters) for bucket in self.buckets]
         self._started = 0
+
+    def arm(self, last: bool) -> None:
+        """Before each backward; `last` says that after it the gradients it brings are complete."""
+        self._last = last
 
     def take(self, index: int, name: str, parameter: Tensor) -> None:
         """Take what autograd has added up in `parameter`, bucket `index`'s, and start what is complete."""
@@ -75,9 +77,10 @@ class GradientReducer:
         assert parameter.grad is not None
         self.buckets[index].accumulate(name, parameter.grad)
         parameter.grad = None
-        if not owed:
-            self._missing[index].discard(name)
-        while self._last and self._started < len(self.buckets) and not self._missing[self._started]:
+        if owed or not self._last:
+            return
+        self._missing[index].discard(name)
+        while self._started < len(self.buckets) and not self._missing[self._started]:
             self._start_next()
 
     def _start_next(self) -> None:
@@ -91,6 +94,7 @@ class GradientReducer:
         assert not owed, f"gradients still to come: {owed}"
         while self._started < len(self.buckets):
             self._start_next()
+        self.begin()
         return [bucket.finish_reduce() for bucket in self.buckets]
 
 

@@ -11,8 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from concertina.errors import LayoutError
-from concertina.layout import Axis, Layout, Shard, cut, kv_copies, plan_buckets, rank_slots, segment_length, shards
+from concertina.layout import (
+    ENDS,
+    Axis,
+    Layout,
+    Shard,
+    cut,
+    kv_copies,
+    plan_buckets,
+    rank_slots,
+    segment_length,
+    shards,
+)
 
 if TYPE_CHECKING:  # building the schema takes longer than the count
     from concertina.config import ModelConfig, Precision
@@ -69,14 +79,7 @@ class Extremes:
 def rank_bytes(
     model: ModelConfig, layout: Layout, precision: Precision, rank: int, firsts: Sequence[int] = ()
 ) -> RankBytes:
-    """What `rank` allocates that is second owner of the ranks `firsts` (`Seating.firsts`).
-
-    Raises LayoutError for pp above 1: layers are not cut by stage yet.
-    """
-    if layout.pp > 1:
-        raise LayoutError(
-            f"layers are not cut over pp={layout.pp} stages yet, so no rank's bytes are known: set layout.pp to 1"
-        )
+    """What `rank` allocates that is second owner of the ranks `firsts` (`Seating.firsts`)."""
     held = shards(model, layout, rank).values()
     sizes, wide = _group_sizes(model, layout), _WIDE[precision]
     elements, buckets = _reduced(held, sizes)
@@ -114,16 +117,17 @@ def _group_sizes(model: ModelConfig, layout: Layout) -> dict[str, int]:
         "dp_cp": replicas,
         "dp_cp_kv": replicas * kv_copies(model, layout.tp),
         "dp_cp_tp": layout.stage,
+        ENDS: 2 * replicas,
     }
 
 
 def extremes(model: ModelConfig, layout: Layout, precision: Precision) -> Extremes:
-    """The largest and the smallest rank, without asking all of them: only those that differ. Raises as `rank_bytes`.
+    """The largest and the smallest rank, without asking all of them: only those that differ.
 
     Who is second owner of whom depends on nodes, which are not known here: in a world above 1 every rank is taken to
     keep the copy of one rank that is like itself. On nodes of unequal size some keep none and others several.
     """
-    kinds: dict[tuple[int, int, int], int] = {}
+    kinds: dict[tuple[int, int, int, int], int] = {}
     for rank in range(layout.world):
         kinds.setdefault(_kind(model, layout, rank), rank)
     alone = layout.world == 1
@@ -133,8 +137,8 @@ def extremes(model: ModelConfig, layout: Layout, precision: Precision) -> Extrem
     return Extremes(largest, found[largest], smallest, found[smallest])
 
 
-def _kind(model: ModelConfig, layout: Layout, rank: int) -> tuple[int, int, int]:
-    """Ranks that agree in this hold boxes of the same shapes: the lane of tp, how many experts, how wide."""
+def _kind(model: ModelConfig, layout: Layout, rank: int) -> tuple[int, int, int, int]:
+    """Ranks that agree in this hold boxes of the same shapes: the stage, the lane of tp, how many experts, how wide."""
     first, last = cut(model.num_experts, layout.ep, layout.coordinate(rank, Axis.EP))
     inner, outer = cut(model.moe_intermediate_size, layout.etp, layout.coordinate(rank, Axis.ETP))
-    return layout.coordinate(rank, Axis.TP), last - first, outer - inner
+    return layout.coordinate(rank, Axis.PP), layout.coordinate(rank, Axis.TP), last - first, outer - inner

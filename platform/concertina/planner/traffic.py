@@ -7,8 +7,11 @@ drop alike is not counted yet.
     group          kind             what
     tp             all_gather       tokens into column-parallel products
                    reduce_scatter   sums out of row-parallel ones; in the backward the two change places
-                   all_reduce       the loss, norms over all heads, counts of the router; without sequence parallelism
-                                    it takes the place of both others
+                   all_reduce       the loss, norms over all heads; without sequence parallelism it takes the place of
+                                    both others
+    tp_cp          all_reduce       counts of the router; over cp where lanes of tp have the same tokens
+    cp             all_gather       keys and values, forward and again backward; their gradients are a reduce_scatter
+                   exchange         in place of both: in a ring, gradients along
     etp_ep         counts           rows for every expert, once a layer with experts
     ep             all_to_all       rows to their experts and back, forward and backward
     etp            all_gather       rows to the other slices of their experts
@@ -28,13 +31,28 @@ from dataclasses import dataclass
 
 from concertina.config import ModelConfig, Precision
 from concertina.errors import ConfigError
-from concertina.layout import Axis, Layout, cut, kv_copies, plan_buckets, plan_slots, segment_length, segments, shards
+from concertina.layout import (
+    Axis,
+    Exchange,
+    Layout,
+    chunks_size,
+    cut,
+    cut_heads,
+    kv_copies,
+    plan_buckets,
+    plan_slots,
+    segment_length,
+    segments,
+    shards,
+    travels_in_ring,
+)
 
 __all__ = [
     "Counts",
     "Sender",
     "Traffic",
     "agreement",
+    "context",
     "crossing",
     "dispatch",
     "even_counts",
@@ -67,6 +85,7 @@ class Sender:
     precision: Precision = "float32"
     sequence_parallel: bool = True
     has_second: bool = False
+    context_exchange: Exchange = "auto"
 
     @property
     def element_bytes(self) -> int:
@@ -110,7 +129,8 @@ def step(sender: Sender, length: int, micro_batches: Sequence[int], routing: Seq
 def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[Counts]) -> Traffic:
     """Forward and backward; a rank without a sequence computes one all the same, so that its peers need not wait."""
     model, tp = sender.model, sender.layout.tp
-    tokens = max(1, sequences) * length
+    cp, place = sender.layout.cp, sender.layout.coordinate(sender.rank, Axis.CP)
+    tokens = max(1, sequences) * chunks_size(length, cp, place)
     per_token = sender.wide_bytes * tokens
     parts = [
         _times(crossing(sender, tokens), 2 * sender.crossings),
@@ -119,10 +139,11 @@ def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[C
     ]
     if model.qk_norm == "full":  # queries and keys, forward and backward
         parts.append(_times(_all_reduce("tp", tp, per_token), 4 * model.num_hidden_layers))
-    if sender.sequence_parallel:
-        counts = max(1, sequences) * model.num_experts * _COUNT_BYTES
-        parts.append(_times(_all_reduce("tp", tp, counts), sender.moe_layers))
-    else:  # gradients of the tokens that every lane routes for itself
+    parts.append(_times(context(sender, length, sequences), model.num_hidden_layers))
+    counts = max(1, sequences) * model.num_experts * _COUNT_BYTES
+    sharers, lanes = ("tp_cp", tp) if sender.sequence_parallel else ("cp", 1)
+    parts.append(_times(_all_reduce(sharers, lanes * cp, counts), sender.moe_layers))
+    if not sender.sequence_parallel:  # gradients of the tokens that every lane routes for itself
         parts.append(_times(_all_reduce("tp", tp, per_token * model.hidden_size), sender.moe_layers))
     for layer in routing:
         moved = dispatch(sender, layer)
@@ -142,6 +163,23 @@ def crossing(sender: Sender, tokens: int) -> Traffic:
     return {
         ("tp", "all_gather"): (tp - 1) * own * sender.row_bytes,
         ("tp", "reduce_scatter"): (tokens - own) * sender.row_bytes,
+    }
+
+
+def context(sender: Sender, length: int, sequences: int) -> Traffic:
+    """Keys and values of one layer to the other ranks of cp, forward and, with their gradients, backward."""
+    model, cp, place = sender.model, sender.layout.cp, sender.layout.coordinate(sender.rank, Axis.CP)
+    if cp == 1:
+        return {}
+    kv = cut_heads(model, sender.layout.tp, sender.layout.coordinate(sender.rank, Axis.TP)).kv
+    row = max(1, sequences) * (kv[1] - kv[0]) * 2 * model.width_of_head
+    own, after = (chunks_size(length, cp, index % cp) for index in (place, place + 1))
+    if travels_in_ring(sender.context_exchange, length):
+        passed = 2 * (length - after) * sender.element_bytes + length * sender.wide_bytes
+        return {("cp", "exchange"): row * passed}
+    return {
+        ("cp", "all_gather"): 2 * (cp - 1) * own * row * sender.element_bytes,
+        ("cp", "reduce_scatter"): (length - own) * row * sender.wide_bytes,
     }
 
 

@@ -8,8 +8,9 @@ losses, the acknowledgement of the step before, and the control word.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from concertina.config import Job
 from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
 from concertina.errors import CheckpointError
-from concertina.layout import STAGE, Box, Layout, Seating, Shard, check_trainable, cut
+from concertina.layout import Box, Layout, Seating, Shard, cut, shards
 from concertina.layout.reshard import ReshardPlan, plan_moves
-from concertina.model import Decoder, ModelOutput, Place
+from concertina.model import Batch, Decoder, ModelOutput, Place
 from concertina.model.deferred import DeferredGradients
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import SECONDS, Group, Groups
 from concertina.parallel.reducer import GradientReducer
+from concertina.schedule.pipeline import Plan, forward_plan, training_plan
 from concertina.state.alike import spread_alike
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import load_boxes
@@ -34,6 +36,7 @@ from concertina.state.transfer import TransferReport, transfer
 from concertina.train.anomaly import Anomaly, AnomalyWatch
 from concertina.train.learning_rate import learning_rate
 from concertina.train.optimizer import ShardedAdamW
+from concertina.train.pipeline import Backward, MicroBatch, run
 from concertina.train.share import DTYPES, Share, Values
 
 __all__ = ["DTYPES", "Engine", "StepResult"]
@@ -80,6 +83,8 @@ class Engine:
         self.check: Callable[[], None] = lambda: None  # raises when a step is not to be finished; holds no share
         self.last_totals: tuple[int, list[float]] | None = None
         self.last_result: StepResult | None = None
+        # Whole tensors', also of those that are on other stages.
+        self._shapes = {name: shard.global_shape for name, shard in shards(job.model, Layout(1), 0).items()}
         self._share: Share | None = None
         self._gradients: tuple[int, list[Tensor]] | None = None
 
@@ -221,10 +226,9 @@ class Engine:
         After one with a bit of `parting`, the same on every rank, new weights do not go round: nobody reads them where
         the state moves to another share next.
 
-        Raises LayoutError for a layout that can be built and not trained yet. When a peer is lost it raises what the
-        backend does; then `pending` says whether `complete` can still finish the step, `applied` whether it is done.
+        When a peer is lost it raises what the backend does; then `pending` says whether `complete` can still finish the
+        step, `applied` whether it is done.
         """
-        check_trainable(self.layout)
         self._gradients = None
         self._send_weights_due()
         sums = self._forward_backward(step)
@@ -281,40 +285,62 @@ class Engine:
         self._gradients = None
 
     def _forward_backward(self, step: int) -> Tensor:
-        """Sums over this rank's sequences of a step: loss, aux, z, tokens, choices dropped, then tokens of each layer's
-        each expert."""
-        total: Tensor | None = None
+        """Sums over this rank's part of a step: loss, aux, z, tokens, choices dropped, then tokens of each layer's each
+        expert."""
         batch, me = self.sampler.batch(step - 1), self.groups["dp"].rank
-        micro_batches = self._micro_batches(len(batch), self.job.model.capacity.whole_sequences)
-        for index, numbers in enumerate(micro_batches):
-            self.reducer.arm(last=index == len(micro_batches) - 1)
-            ids = [batch[number] for number in numbers[me]]
-            first = numbers[me][0] if ids else 0
-            output = self._compute(self.train, ids, Place(step, first, tuple(len(theirs) or 1 for theirs in numbers)))
-            model = self.job.model
-            objective = output.loss_sum
-            objective = objective + model.router_aux_loss_coef * output.aux_sum
-            objective = objective + model.router_z_loss_coef * output.z_sum
-            objective.backward()
-            sums = _as_vector(output) if ids else torch.zeros_like(_as_vector(output))
-            total = sums if total is None else total + sums
+        numbers = self._micro_batches(len(batch), self.job.model.capacity.whole_sequences)
+        pieces = []
+        for theirs in numbers:
+            ids = [batch[number] for number in theirs[me]]
+            peers = tuple(len(others) or 1 for others in theirs)
+            pieces.append((ids, Place(step, theirs[me][0] if ids else 0, peers)))
+        plan = training_plan(self.layout.pp, self.layout.virtual, len(numbers))
+        self.reducer.begin()
+        total = self._run(self.train, pieces, plan, Backward(self._objective, self.reducer))
         assert total is not None
         return total
 
-    def _compute(self, view: SequenceView, ids: list[int], place: Place | None = None) -> ModelOutput:
-        """Forward of some sequences. A rank without any computes one whose targets are all left out: its losses and
-        gradients are exactly zero, and its peers get the exchanges they wait for."""
+    def _objective(self, output: ModelOutput) -> Tensor:
+        model = self.job.model
+        objective = output.loss_sum + model.router_aux_loss_coef * output.aux_sum
+        return objective + model.router_z_loss_coef * output.z_sum
+
+    def _run(
+        self,
+        view: SequenceView,
+        pieces: Sequence[tuple[list[int], Place | None]],
+        plan: Plan,
+        backward: Backward | None = None,
+    ) -> Tensor:
+        """Compute micro-batches by a plan; the sums of what this rank's stage gives."""
+        length = self.job.data.sequence_length
+        micro_batches = [
+            MicroBatch(len(ids) or 1, length, partial(self._batch, view, ids, place)) for ids, place in pieces
+        ]
+        total: Tensor | None = None
+        for action, output in run(self.decoder, plan, micro_batches, backward):
+            ids, _ = pieces[action.micro_batch]
+            sums = _as_vector(output) if ids else torch.zeros_like(_as_vector(output))
+            total = sums if total is None else total + sums
+        assert total is not None, "a stage has a piece, a step a micro-batch"
+        return total
+
+    def _batch(self, view: SequenceView, ids: list[int], place: Place | None = None) -> Batch:
+        """Some sequences. A rank without any computes one whose targets are all left out: its losses and gradients are
+        exactly zero, and its peers get the exchanges they wait for."""
         tokens, targets = view.read(ids or [0])
         if not ids:
             targets = torch.full_like(targets, IGNORED_TARGET)
-        return self.decoder(tokens.to(self.device), targets.to(self.device), place)
+        starts = view.starts(ids or [0]) if self.job.data.document_mask else None
+        return self.decoder.begin(tokens.to(self.device), targets.to(self.device), place, starts)
 
     def _micro_batches(self, count: int, whole: int = 1) -> list[list[list[int]]]:
         """The sequences of every rank of dp, by number among `count`, in equally many pieces on every rank: peers of an
         exchange must come along. No piece parts `whole` consecutive ones."""
         shares = [share(range(count), self.layout.dp, index, whole) for index in range(self.layout.dp)]
         largest = len(shares[0])
-        count = math.ceil(largest / (self.job.training.micro_batch_size or largest))
+        micro_batch_size = self.job.training.micro_batch_size or (largest if self.layout.pp == 1 else whole)
+        count = math.ceil(largest / micro_batch_size)
         return [[share(ids, count, piece, whole) for ids in shares] for piece in range(count)]
 
     def _judge(self, step: int, totals: dict[str, float], counts: list[float]) -> StepResult:
@@ -355,26 +381,26 @@ class Engine:
         """
         number = min(self.job.training.eval_sequences, len(self.validation))
         chosen = [cut(len(self.validation), number, index)[0] for index in range(number)]
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for numbers in self._micro_batches(number):
-            output = self._compute(self.validation, [chosen[n] for n in numbers[self.groups["dp"].rank]])
-            total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
-        loss, tokens_seen = all_reduce_sum(total, self.groups.world).finish().tolist()
+        me = self.groups["dp"].rank
+        pieces = [([chosen[n] for n in numbers[me]], None) for numbers in self._micro_batches(number)]
+        plan = forward_plan(self.layout.pp, self.layout.virtual, len(pieces))
+        loss, _, _, tokens, *_ = self._run(self.validation, pieces, plan).unbind()
+        loss, tokens_seen = all_reduce_sum(torch.stack([loss, tokens]), self.groups.world).finish().tolist()
         return loss / tokens_seen
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state(self, rank: int | None = None) -> dict[str, BoxedTensor]:
         """The live boxes this rank owns: master weights and both moments of its optimizer shards, and, on the first
-        rank of a stage, what all its ranks hold alike. With another `rank`, of which this one is second owner, what
-        that one owns: the same numbers."""
+        rank, what all hold alike. With another `rank`, of which this one is second owner, what that one owns: the same
+        numbers."""
         rank = self.rank if rank is None else rank
         owner = self.optimizer if rank == self.rank else self.share.seconds.copies[rank]
         pieces = {
-            key: BoxedTensor(view, box, self.shards[key.split("/", 1)[1]].global_shape)
+            key: BoxedTensor(view, box, self._shapes[key.split("/", 1)[1]])
             for key, (box, view) in owner.pieces().items()
         }
-        return pieces | (self._held_alike() if rank == self.groups[STAGE].ranks[0] else {})
+        return pieces | (self._held_alike() if rank == 0 else {})
 
     def _held_alike(self) -> dict[str, BoxedTensor]:
         """The routers' biases, whole."""

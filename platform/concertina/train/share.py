@@ -59,10 +59,8 @@ class Share:
         assert groups[KV].ranks == sharers, "groups were formed for another number of lanes of a key-value head"
         self.job, self.seating, self.layout, self.rank, self.groups = job, seating, layout, rank, groups
         training, initial = job.training, values == "initial"
-        sequence_parallel = job.layout.sequence_parallel
-        self.decoder = Decoder(
-            job.model, DTYPES[training.precision], device, groups, training.seed, sequence_parallel, initial
-        )
+        dtype = DTYPES[training.precision]
+        self.decoder = Decoder(job.model, dtype, device, groups, training.seed, job.layout, initial)
         self.shards = self.decoder.shards
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)

@@ -23,7 +23,7 @@ from concertina.data import TokenCorpus, prepare
 from concertina.elastic.messages import Committed, Evaluated, Message
 from concertina.elastic.timesheet import Timesheet
 from concertina.errors import UserError
-from concertina.layout import Layout, check_job, check_trainable, kv_copies
+from concertina.layout import Layout, check_job, kv_copies
 from concertina.model.host_memory import keep_freed_memory
 from concertina.parallel.groups import GroupOptions, Groups, form_groups
 from concertina.train.engine import Engine
@@ -84,7 +84,6 @@ def main() -> None:
     job = load_job(Path(arguments.job), [*arguments.overrides, f"cluster.num_workers={world}", "cluster.num_nodes=1"])
     torch.set_num_threads(job.cluster.threads_per_worker)
     layout = check_job(job)
-    check_trainable(layout)
     engine = build_engine(job, prepare(job.data, Path(job.storage_path), job.model.vocab_size), torch.device("cpu"))
     engine.configure(layout, rank, _groups(layout, rank, kv_copies(job.model, layout.tp)))
     link = PrintingLink(arguments.steps_file)

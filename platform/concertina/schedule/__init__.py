@@ -1,0 +1,1 @@
+"""What runs when: plans of a step, as data."""
