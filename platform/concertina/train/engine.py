@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from concertina.config import Job
-from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
+from concertina.data import IGNORED_TARGET, Sequences, make_sampler, parts_of, share
 from concertina.errors import CheckpointError
 from concertina.layout import STAGE, Box, Layout, Seating, Shard, check_trainable, cut
 from concertina.layout.reshard import ReshardPlan, plan_moves
@@ -68,12 +68,12 @@ class StepResult:
 class Engine:
     """One rank's computing, over whatever share of the model it has: the engine stays, shares change by generation."""
 
-    def __init__(self, job: Job, train: SequenceView, validation: SequenceView, device: torch.device) -> None:
+    def __init__(self, job: Job, train: Sequences, validation: Sequences, device: torch.device) -> None:
         self.job = job
         self.train = train
         self.validation = validation
         self.device = device
-        self.sampler = GlobalSampler(len(train), job.training.global_batch_size, job.training.seed)
+        self.sampler = make_sampler(train, job.training.global_batch_size, job.training.seed)
         self.watch = AnomalyWatch(job.training.anomaly)
         self.applied = 0
         self.tokens = 0
@@ -301,7 +301,7 @@ class Engine:
         assert total is not None
         return total
 
-    def _compute(self, view: SequenceView, ids: list[int], place: Place | None = None) -> ModelOutput:
+    def _compute(self, view: Sequences, ids: list[int], place: Place | None = None) -> ModelOutput:
         """Forward of some sequences. A rank without any computes one whose targets are all left out: its losses and
         gradients are exactly zero, and its peers get the exchanges they wait for."""
         tokens, targets = view.read(ids or [0])
@@ -347,20 +347,32 @@ class Engine:
 
     # -- validation -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the same held-out sequences every time. Collective over the world.
+        """Mean loss over the same held-out sequences every time, of a mixture by its weights. Collective over the
+        world."""
+        return self.weigh(self.evaluate_sources())
+
+    def weigh(self, by_source: dict[str, float]) -> float:
+        """The one loss of those of the sources."""
+        return sum(part.weight * by_source[part.name] for part in parts_of(self.validation))
+
+    @torch.no_grad()
+    def evaluate_sources(self) -> dict[str, float]:
+        """The loss of each source of a mixture, by its name; of a corpus alone, by none. Collective over the world.
 
         Dropless, whatever the capacity in training: a sequence's loss does not depend on its neighbours.
         """
-        number = min(self.job.training.eval_sequences, len(self.validation))
-        chosen = [cut(len(self.validation), number, index)[0] for index in range(number)]
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for numbers in self._micro_batches(number):
-            output = self._compute(self.validation, [chosen[n] for n in numbers[self.groups["dp"].rank]])
-            total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
-        loss, tokens_seen = all_reduce_sum(total, self.groups.world).finish().tolist()
-        return loss / tokens_seen
+        parts = parts_of(self.validation)
+        totals = torch.zeros(len(parts), 2, dtype=torch.float64, device=self.device)
+        for index, (part, total) in enumerate(zip(parts, totals, strict=True)):
+            first, stop = cut(self.job.training.eval_sequences, len(parts), index)
+            number = min(max(1, stop - first), len(part.sequences))
+            chosen = [cut(len(part.sequences), number, place)[0] for place in range(number)]
+            for numbers in self._micro_batches(number):
+                output = self._compute(part.sequences, [chosen[n] for n in numbers[self.groups["dp"].rank]])
+                total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
+        found = all_reduce_sum(totals.flatten(), self.groups.world).finish().view(-1, 2).tolist()
+        return {part.name: loss / tokens_seen for part, (loss, tokens_seen) in zip(parts, found, strict=True)}
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from concertina.config import Job, load_job
-from concertina.data import TokenCorpus, prepare
+from concertina.data import open_corpus, prepare
 from concertina.elastic.messages import Committed, Evaluated, Message
 from concertina.errors import UserError
 from concertina.layout import Layout, check_job, check_trainable, kv_copies
@@ -64,7 +64,7 @@ def build_engine(job: Job, corpus_folder: Path, device: torch.device) -> Engine:
     keeps what memory a step took."""
     if device.type == "cpu":
         keep_freed_memory()
-    corpus = TokenCorpus.open(corpus_folder)
+    corpus = open_corpus(corpus_folder)
     splits = corpus.sequences(job.data.sequence_length, job.data.validation_fraction)
     return Engine(job, splits.train, splits.validation, device)
 
