@@ -111,9 +111,19 @@ class TokenCorpus:
         return self.manifest.vocab_size
 
     @property
+    def tokenizer_file(self) -> Path | None:
+        """Where it has one."""
+        return self.folder / TOKENIZER if TOKENIZER in self.manifest.files else None
+
+    @property
     def num_tokens(self) -> int:
         """All tokens, ends of text included."""
         return self.manifest.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Places at which one starts."""
+        return self.manifest.num_documents
 
     def sequences(self, sequence_length: int, validation_fraction: float) -> Split:
         """(train, validation): windows of `sequence_length` tokens that share no token between the two."""
@@ -137,9 +147,9 @@ class TokenCorpus:
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """Text of token ids; None where the corpus has no tokenizer."""
-        if TOKENIZER not in self.manifest.files:
+        if self.tokenizer_file is None:
             return None
-        text: str = load_tokenizer(self.folder / TOKENIZER).decode(list(ids), skip_special_tokens=False)
+        text: str = load_tokenizer(self.tokenizer_file).decode(list(ids), skip_special_tokens=False)
         return text
 
 

@@ -31,6 +31,6 @@ def dataset_files(source: str) -> list[Path]:
     try:
         found = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        said = str(error).splitlines()[0]
+        said = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{source}: datasets finds no such data: {said}; correct the name, or name a folder") from error
     return [Path(entry["filename"]) for entry in found.cache_files]

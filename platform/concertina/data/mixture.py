@@ -127,9 +127,20 @@ class Mixture:
         return self.manifest.fingerprint
 
     @property
+    def tokenizer_file(self) -> Path | None:
+        """The one of all its text; None where there are tokens only, without."""
+        found = [corpus.tokenizer_file for corpus in self.corpora.values()]
+        return next((path for path in found if path is not None), None)
+
+    @property
     def num_tokens(self) -> int:
         """Of all sources, once each."""
         return sum(corpus.num_tokens for corpus in self.corpora.values())
+
+    @property
+    def num_documents(self) -> int:
+        """Of all sources."""
+        return sum(corpus.num_documents for corpus in self.corpora.values())
 
     @property
     def weights(self) -> dict[str, float]:

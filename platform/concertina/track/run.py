@@ -1,6 +1,7 @@
 """Where does a run keep its files, and how is one made and found again?
 
-    <storage>/<run id>/  job.yaml  versions.json  data.json  events.jsonl  checkpoints/  logs/  journal.json
+    <storage>/<run id>/  job.yaml  versions.json  data.json  tokenizer.json  events.jsonl  checkpoints/  logs/
+                         journal.json
     <storage>/mlflow.db  <storage>/data/<fingerprint>/
 
 A folder with a job.yaml is a run; one whose name begins with a dot is being made.
@@ -28,6 +29,7 @@ from concertina.errors import ConcertinaError, NotFoundError, UserError
 from concertina.track.versions import versions
 
 __all__ = [
+    "TOKENIZER",
     "DataFacts",
     "RunFolder",
     "check_run_id",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 LATEST = "latest"
+TOKENIZER = "tokenizer.json"
 _ALPHABET = string.ascii_lowercase + string.digits
 _SUFFIX_CHARS = 8
 _RUN_ID = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
@@ -81,6 +84,11 @@ class RunFolder:
     @property
     def data_file(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """What its text was cut with, so that weights and tokenizer stay together; absent for token files without."""
+        return self.path / TOKENIZER
 
     @property
     def events_file(self) -> Path:

@@ -153,12 +153,18 @@ class Engine:
             before_vote=before_vote,
         )
 
-    def start_anew(self) -> None:
-        """Stand before the first step, whatever was done before. The share has start values; second owners get their
-        copies. Collective over the world."""
+    def start_anew(self, weights: Path | None = None) -> None:
+        """Stand before the first step, whatever was done before. The share has start values, or those that a checkpoint
+        of any layout has for `weights` and routers' biases: moments, which it may lack, begin at zero in any case.
+        Second owners get their copies. Collective over the world. Raises CheckpointError as `load` does."""
+        if weights is not None:
+            state = self.state() | self._held_alike()
+            load_boxes(weights, {key: boxed for key, boxed in state.items() if not key.startswith("exp_avg")})
+            self.share.weights_due = True
         self._take_facts({"step": 0, "tokens": 0, "anomalies": AnomalyWatch(self.job.training.anomaly).state()})
         self.last_totals = self.last_result = None
         self.fill_seconds()
+        self._send_weights_due()
 
     def fill_seconds(self) -> TransferReport | None:
         """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over

@@ -27,6 +27,7 @@ from concertina.model.host_memory import keep_freed_memory
 from concertina.parallel.groups import GroupOptions, Groups, form_groups
 from concertina.train.engine import Engine
 from concertina.train.loop import Loop
+from concertina.train.start import find_start
 
 __all__ = ["PrintingLink", "build_engine", "main"]
 
@@ -81,8 +82,10 @@ def main() -> None:
     torch.set_num_threads(job.cluster.threads_per_worker)
     layout = check_job(job)
     check_trainable(layout)
+    start = find_start(job)
     engine = build_engine(job, prepare(job.data, Path(job.storage_path), job.model.vocab_size), torch.device("cpu"))
     engine.configure(layout, rank, _groups(layout, rank, kv_copies(job.model, layout.tp)))
+    engine.start_anew(start)
     link = PrintingLink(arguments.steps_file)
     with tempfile.TemporaryDirectory(prefix="concertina-standalone-") as folder:
         started = time.perf_counter()
