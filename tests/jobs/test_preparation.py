@@ -86,7 +86,7 @@ def test_begun_again_it_starts_from_where_it_started(look: Look) -> None:
     assert look("tuned", job=None).job.checkpoint.initial_load_path == str(first)
     assert look("another", words[1]).job.checkpoint.initial_load_path != str(first)
     shutil.rmtree(first)
-    with pytest.raises(NotFoundError, match="checkpoint.initial_load_path: "):
+    with pytest.raises(NotFoundError, match=r"checkpoint\.initial_load_path: "):
         look(*words)
 
 
@@ -107,7 +107,7 @@ def test_with_a_checkpoint_of_its_own_it_needs_no_start(look: Look) -> None:
 def test_a_start_that_does_not_fit_makes_no_run(look: Look, tmp_path: Path) -> None:
     leave_checkpoint(look("base").folder, 7)
     start = "checkpoint.initial_load_path=base"
-    with pytest.raises(UserError, match="is of another model: .* has shape .* in the checkpoint, and has shape"):
+    with pytest.raises(UserError, match=r"is of another model: .* has shape .* in the checkpoint, and has shape"):
         look("tuned", start, "model.hidden_size=64")
     with pytest.raises(NotFoundError, match="initial_load_path: no run 'bose'"):
         look("tuned", "checkpoint.initial_load_path=bose")
