@@ -70,7 +70,7 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout, *, or_begin: boo
     if before is not None and before.fingerprint != facts.fingerprint:
         raise DataError(
             f"run {folder.run_id} was trained on corpus {before.fingerprint}, now it is {facts.fingerprint}: "
-            "its files have changed; restore them, or start a new run"
+            "its files, or what the job says of them, have changed; restore them, or start a new run"
         )
     generation = summarize(folder).shape.generation + 1
     if begins:

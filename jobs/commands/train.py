@@ -49,7 +49,7 @@ def train(
     \b
     Example:
       concertina train jobs/quickstart.yaml --set training.steps=50
-      concertina train jobs/quickstart.yaml --run mine --set training.steps=50
+      concertina train jobs/quickstart.yaml --run base --set training.steps=50
       concertina train --resume latest --set training.steps=1000
     """
     from concertina.elastic.chaos import parse

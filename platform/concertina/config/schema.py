@@ -262,7 +262,7 @@ class TrainingConfig(Section):
     eval_every_steps: Positive = 50
     """Steps between validations; the last step is always validated."""
     eval_sequences: Positive = 64
-    """Held-out sequences a validation reads, the same ones each time."""
+    """Held-out sequences a validation reads, the same ones each time; of a mixture as many of each source."""
     anomaly: AnomalyConfig = AnomalyConfig()
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""How do a job's text files become a token corpus, exactly once?
+"""How do a job's files become a token corpus, or the corpora of a mixture, exactly once?
 
 The folder is named by a fingerprint of what goes in (paths, sizes, modification times, settings), built beside its
 final place and renamed into it: it is whole or absent, and of several preparers at once the first to rename wins.
@@ -234,7 +234,6 @@ def _sibling(folder: Path) -> Iterator[Path]:
 def _tokenize(recipe: _Recipe, building: Path, name: str, progress: Progress) -> None:
     files, data = recipe.files, recipe.data
     tokenizer = recipe.lexicon.tokenizer(lambda total: progress("training the tokenizer", 0, total))
-    tokenizer.encode_special_tokens = False
     tokenizer.save(str(building / TOKENIZER))
     # "<|endoftext|>" inside a document is text, not a boundary.
     tokenizer.encode_special_tokens = True
