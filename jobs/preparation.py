@@ -46,9 +46,7 @@ def prepare_new(job: Job, layout: Layout, run_id: str | None = None) -> Prepared
 
     _refuse_unsupported(job, layout)
     job, corpus, facts = _prepare_beginning(job)
-    folder = create_run(Path(job.storage_path), job, facts, run_id)
-    if (tokenizer := open_corpus(corpus).tokenizer_file) is not None:
-        shutil.copyfile(tokenizer, folder.tokenizer_file)
+    folder = create_run(Path(job.storage_path), job, facts, run_id, open_corpus(corpus).tokenizer_file)
     return Prepared(job, layout, folder, corpus)
 
 

@@ -1,5 +1,5 @@
-"""A fine-tuning loses everything before it has a checkpoint: does it begin again with the weights it was given, and does
-it compute what one process does that starts from them?"""
+"""A fine-tuning loses everything before it has a checkpoint: does it begin again with the weights it was given, and
+compute what one process does that starts from them?"""
 
 from __future__ import annotations
 

@@ -164,9 +164,15 @@ def check_run_id(run_id: str) -> None:
         raise UserError(f"{run_id!r} means something else in a folder of runs: choose another name")
 
 
-def create_run(storage: Path, job: Job, data: DataFacts | None = None, run_id: str | None = None) -> RunFolder:
-    """A new run's folder with the resolved job, the versions and, if given, the corpus. Without `run_id` its id is the
-    job's name and eight random characters.
+def create_run(
+    storage: Path,
+    job: Job,
+    data: DataFacts | None = None,
+    run_id: str | None = None,
+    tokenizer: Path | None = None,
+) -> RunFolder:
+    """A new run's folder with the resolved job, the versions and, if given, the corpus and a copy of the tokenizer.
+    Without `run_id` its id is the job's name and eight random characters.
 
     The folder appears complete or not at all. Raises ConcertinaError when `storage` cannot be written, UserError when
     there is something called `run_id` already.
@@ -182,6 +188,8 @@ def create_run(storage: Path, job: Job, data: DataFacts | None = None, run_id: s
         write_atomically(folder.versions_file, json.dumps(facts, indent=1) + "\n")
         if data is not None:
             folder.record_data(data)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder.tokenizer_file)
         # Last: job.yaml is what makes the folder a run.
         folder.write_job(job)
         return folder if run_id is None else _take_id(folder, run_id)

@@ -11,7 +11,7 @@ from concertina.config import Job
 from concertina.data.tokenizer import moved_token
 from concertina.errors import NotFoundError, UserError
 from concertina.state.fit import misfit
-from concertina.state.manifest import MANIFEST, list_checkpoints, verify
+from concertina.state.manifest import MANIFEST, list_checkpoints, read_manifest, verify
 from concertina.track.run import TOKENIZER, RunFolder, open_run
 
 __all__ = ["check_tokenizer", "find_checkpoint", "find_start", "starting_from"]
@@ -25,11 +25,11 @@ def find_checkpoint(name: str, storage: Path) -> Path:
     path = Path(name).expanduser()
     if (path / MANIFEST).is_file():
         return path.resolve()
-    if path.is_dir() and not RunFolder(path).job_file.exists():
-        root = path
-    else:
-        root = open_run(path.parent if path.is_dir() else storage, path.name if path.is_dir() else name).checkpoints
-    complete = list_checkpoints(root)
+    complete, root = list_checkpoints(path), path
+    if not complete:
+        is_run = RunFolder(path).job_file.exists()
+        root = open_run(*((path.resolve().parent, path.resolve().name) if is_run else (storage, name))).checkpoints
+        complete = list_checkpoints(root)
     if not complete:
         raise NotFoundError(f"no complete checkpoint in {root}: `concertina runs show` says how the run stands")
     return complete[-1].resolve()
@@ -47,11 +47,11 @@ def find_start(job: Job) -> Path | None:
         folder = find_checkpoint(name, Path(job.storage_path))
     except NotFoundError as error:
         raise NotFoundError(f"{KEY}: {error.message}", **error.data) from error
-    manifest = verify(folder)
-    if (text := misfit(manifest, job.model)) is not None:
+    if (text := misfit(read_manifest(folder), job.model)) is not None:
         raise UserError(
             f"{KEY}: {folder} is of another model: {text}: give model.* the checkpoint's shapes, or start from another"
         )
+    verify(folder)
     return folder
 
 
