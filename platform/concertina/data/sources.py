@@ -85,7 +85,7 @@ def find_files(data: DataConfig) -> list[SourceFile]:
     Raises DataError for a missing file, a folder without a match, text mixed with token files, or an empty corpus.
     """
     named = (data.source,) if isinstance(data.source, str) else data.source
-    files = list(dict.fromkeys(file for source in named for file in _files_of(source, data)))
+    files = [file for source in named for file in _files_of(source, data)]
     tokens = [file for file in files if file.kind in TOKEN_KINDS]
     texts = [file for file in files if file.kind not in TOKEN_KINDS]
     if tokens and texts:
@@ -145,11 +145,12 @@ def _files_of(source: str, data: DataConfig) -> list[SourceFile]:
     if path.is_dir():
         saved = saved_files(path) if data.format in ("auto", "arrow") else None
         if saved is not None:
-            return [_source_file(found, "arrow") for found in saved]
-        return [_source_file(found, _kind(found, data)) for found in _matches(path, source, data)]
-    if data.format in ("auto", "megatron") and (pair := megatron_pair(path)) is not None:
-        return [_source_file(pair[0], "megatron")]
+            return [_source_file(file, "arrow") for file in saved]
+        found = [_source_file(match, _kind(match, data)) for match in _matches(path, source, data)]
+        return list(dict.fromkeys(found))  # both files of a pair may match
     if not path.is_file():
+        if data.format in ("auto", "megatron") and (pair := megatron_pair(path)) is not None:
+            return [_source_file(pair[0], "megatron")]
         parent = next(p for p in path.parents if p.is_dir())
         reason = "" if parent == path.parent else f" ({parent} is the part of the path that exists)"
         raise DataError(f"data.source: no file or folder {path}{reason}; correct the path", path=str(path))

@@ -64,7 +64,8 @@ def starting_from(job: Job, folder: str | None) -> Job:
 def check_tokenizer(start: Path, tokenizer: Path) -> None:
     """Raises UserError unless tokens mean to the weights what they mean in `tokenizer`, as far as a tokenizer lies
     beside the checkpoint or in its run's folder. More tokens than it had are no harm."""
-    beside = [folder / TOKENIZER for folder in (start, start.parent.parent)]
+    run = RunFolder(start.parent.parent)
+    beside = [start / TOKENIZER, *([run.tokenizer_file] if run.job_file.exists() else [])]
     theirs = next((path for path in beside if path.is_file()), None)
     if theirs is None or (moved := moved_token(theirs, tokenizer)) is None:
         return
