@@ -254,6 +254,8 @@ def test_a_mixture_is_corpora_cut_by_one_tokenizer(texts: Path, tmp_path: Path) 
         (texts / "1.txt").read_text() + END_OF_TEXT
     )
     assert mixed.num_documents == 4
+    assert mixed.tokenizer_file is not None
+    assert sha256_of(mixed.tokenizer_file) == sha256_of(mixed.corpora["odd"].folder / "tokenizer.json")
     mixed.verify()
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted(
         [folder.name, *(corpus.fingerprint for corpus in mixed.corpora.values())]

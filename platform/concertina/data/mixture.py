@@ -1,6 +1,7 @@
 """What is a mixture? Corpora with a name and a weight each, which read as one.
 
-A folder beside the corpora's, named by a fingerprint of names, weights and theirs: `mixture.json`.
+A folder beside the corpora's, named by a fingerprint of names, weights and theirs: `mixture.json`, and the
+`tokenizer.json` of all text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from concertina.data.blend import BlendedSampler
-from concertina.data.corpus import TokenCorpus
+from concertina.data.corpus import TOKENIZER, TokenCorpus
 from concertina.data.sampler import GlobalSampler, Sampler
 from concertina.data.sequences import Sequences, Split
 from concertina.errors import DataError
@@ -129,8 +130,8 @@ class Mixture:
     @property
     def tokenizer_file(self) -> Path | None:
         """The one of all its text; None where there are tokens only, without."""
-        found = [corpus.tokenizer_file for corpus in self.corpora.values()]
-        return next((path for path in found if path is not None), None)
+        path = self.folder / TOKENIZER
+        return path if path.is_file() else None
 
     @property
     def num_tokens(self) -> int:

@@ -75,13 +75,16 @@ def prepare(data: DataConfig, storage: Path | str, vocab_size: int, progress: Pr
     recipes = _recipes(data)
     for recipe in recipes.values():
         _take_known_tokenizer(recipe, storage)
+    corpora = []
     for name, recipe in recipes.items():
         with _about(name):
-            _prepare_one(recipe, storage, vocab_size, heard)
+            corpora.append(_prepare_one(recipe, storage, vocab_size, heard))
     mixture = _mixture(data, recipes)
     folder = _data_folder(storage) / mixture.fingerprint
     if not folder.exists():
         with _into_place(folder) as building:
+            if of_all := [corpus / TOKENIZER for corpus in corpora if (corpus / TOKENIZER).is_file()]:
+                shutil.copyfile(of_all[0], building / TOKENIZER)
             (building / MIXTURE).write_text(mixture.model_dump_json(indent=2) + "\n")
     return folder
 

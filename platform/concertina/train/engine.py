@@ -368,17 +368,21 @@ class Engine:
 
         Dropless, whatever the capacity in training: a sequence's loss does not depend on its neighbours.
         """
-        parts = parts_of(self.validation)
-        totals = torch.zeros(len(parts), 2, dtype=torch.float64, device=self.device)
-        for index, (part, total) in enumerate(zip(parts, totals, strict=True)):
-            first, stop = cut(self.job.training.eval_sequences, len(parts), index)
-            number = min(max(1, stop - first), len(part.sequences))
-            chosen = [cut(len(part.sequences), number, place)[0] for place in range(number)]
-            for numbers in self._micro_batches(number):
-                output = self._compute(part.sequences, [chosen[n] for n in numbers[self.groups["dp"].rank]])
-                total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
-        found = all_reduce_sum(totals.flatten(), self.groups.world).finish().view(-1, 2).tolist()
+        parts, wanted = parts_of(self.validation), self.job.training.eval_sequences
+        shares = [cut(wanted, len(parts), index) for index in range(len(parts))]
+        sums = [self._evaluate(part.sequences, b - a) for part, (a, b) in zip(parts, shares, strict=True)]
+        found = all_reduce_sum(torch.cat(sums), self.groups.world).finish().view(-1, 2).tolist()
         return {part.name: loss / tokens_seen for part, (loss, tokens_seen) in zip(parts, found, strict=True)}
+
+    def _evaluate(self, view: Sequences, wanted: int) -> Tensor:
+        """Loss and tokens, summed over this rank's part of so many held-out sequences, one at least."""
+        number = min(max(1, wanted), len(view))
+        chosen = [cut(len(view), number, index)[0] for index in range(number)]
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for numbers in self._micro_batches(number):
+            output = self._compute(view, [chosen[n] for n in numbers[self.groups["dp"].rank]])
+            total += torch.stack([output.loss_sum.to(total.dtype), output.num_tokens.to(total.dtype)])
+        return total
 
     # -- state ----------------------------------------------------------------------------------------------------
 
