@@ -55,6 +55,12 @@ class RunPlan:
         return f"concertina-{self.run_id}"
 
     @property
+    def start_from(self) -> Path | None:
+        """Whose weights the run begins with, whenever it begins: while it has no checkpoint of its own."""
+        path = self.job.checkpoint.initial_load_path
+        return None if path is None else Path(path)
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

@@ -104,7 +104,8 @@ class Book:
                 if record["step"] <= step:
                     self._on_committed(Committed(record["step"], record["metrics"]))
                 if record["step"] <= step and "validation_loss" in record:
-                    self._on_evaluated(Evaluated(record["step"], record["validation_loss"]))
+                    by_source = record.get("validation_by_source", {})
+                    self._on_evaluated(Evaluated(record["step"], record["validation_loss"], by_source))
 
     def stand(self, step: int, records: list[dict[str, Any]]) -> None:
         """Everybody stands at `step`, and goes on from there: later steps are void, of earlier ones nothing is missing.
@@ -171,7 +172,8 @@ class Book:
     def _on_evaluated(self, message: Evaluated) -> None:
         if message.step > self._written.get(EventType.EVAL, 0):
             self._written[EventType.EVAL] = message.step
-            self.event(EventType.EVAL, message.step, loss=message.loss)
+            more = {"by_source": message.by_source} if message.by_source else {}
+            self.event(EventType.EVAL, message.step, loss=message.loss, **more)
 
     def _on_part(self, message: PartWritten) -> None:
         try:

@@ -255,18 +255,20 @@ class Trainer:
         return {"local": report.bytes_local, "moved": report.bytes_received}
 
     def _begin(self, move: Move, coming: Preparation) -> dict[str, int]:
-        """State from a checkpoint, or the beginning."""
+        """State from a checkpoint, or the beginning: that of weights that were trained before, if the job has any."""
         if coming.share is not None:
             if move.checkpoint is None and not coming.fresh:
                 coming.start_values()
             coming.share.filled = True
             self.engine.adopt(coming.share, publish=False)
             self._current, self._adopted = coming, move.generation
-            if move.checkpoint is not None:
+            weights = self.seat.plan.start_from
+            if move.checkpoint is not None or weights is not None:
                 self.link.progress(move.step, "loading")
+            if move.checkpoint is not None:
                 self.engine.load(Path(move.checkpoint))
             else:
-                self.engine.start_anew()
+                self.engine.start_anew(weights)
         return {}
 
     def _adopt(self, move: Move, coming: Preparation) -> None:

@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from benchmarks.axes import LAYOUTS, bytes_of_a_step, row_name
 from concertina.config import Job
+from concertina.config.explain import ANY_NAME, section_below
 from concertina.elastic.waits import BOUNDS, ORDER
 
 __all__ = ["TABLES", "axes_table", "bounds_table", "keys_table", "results_table", "table_in", "with_table"]
@@ -111,9 +112,10 @@ def keys_table() -> str:
 def _section(section: type[BaseModel], prefix: str) -> Iterator[str]:
     below, rows = [], []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            below.append((name, field.annotation))
-        else:
+        found = section_below(field)
+        if found is not None:
+            below.append((name + found[1], found[0]))
+        if found is None or found[1]:
             rows.append(f"| `{name}` | {_kind(field)} | {_default(field)} | {_plain(field.description)} |")
     title = f"`{prefix.rstrip('.')}`: {_plain(section.__doc__)}" if prefix else "At the top: " + _plain(section.__doc__)
     yield "\n".join([f"### {title}", "", "| key | value | default | |", "|---|---|---|---|", *rows])
@@ -135,6 +137,8 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(annotation))
     if origin is tuple:
         return f"list of {_words(get_args(annotation)[0])}"
+    if origin is dict:
+        return f"keys below a {ANY_NAME} each"
     if origin in (Union, UnionType):
         return " or ".join(_words(part) for part in get_args(annotation) if part is not type(None))
     return " ".join([_WORDS[annotation], *_limits(metadata)])

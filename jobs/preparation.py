@@ -12,10 +12,12 @@ from pathlib import Path
 
 from concertina.config import Job
 from concertina.errors import CheckpointError, DataError, NotFoundError, UserError
-from concertina.layout import Layout, shards
+from concertina.layout import Layout
 from concertina.track.mlflow_place import tracking_uri
 from concertina.track.run import DataFacts, RunFolder, create_run
 from concertina.track.summary import summarize
+from concertina.train.start import check_tokenizer, find_start, starting_from
+from jobs.data_facts import often_repeated
 
 __all__ = ["NothingLeft", "Prepared", "forget", "prepare_new", "prepare_resume"]
 
@@ -39,10 +41,13 @@ class Prepared:
 
 def prepare_new(job: Job, layout: Layout, run_id: str | None = None) -> Prepared:
     """Make a run's folder. Raises UserError for what this engine cannot do, or for an id that is taken, DataError for
-    the corpus."""
+    the corpus; for weights to start from what `find_start` raises."""
+    from concertina.data import open_corpus
+
     _refuse_unsupported(job, layout)
-    corpus, facts = _prepare_data(job)
-    return Prepared(job, layout, create_run(Path(job.storage_path), job, facts, run_id), corpus)
+    job, corpus, facts = _prepare_beginning(job)
+    folder = create_run(Path(job.storage_path), job, facts, run_id, open_corpus(corpus).tokenizer_file)
+    return Prepared(job, layout, folder, corpus)
 
 
 def prepare_resume(folder: RunFolder, job: Job, layout: Layout, *, or_begin: bool = False) -> Prepared:
@@ -52,16 +57,21 @@ def prepare_resume(folder: RunFolder, job: Job, layout: Layout, *, or_begin: boo
     from concertina.state.manifest import list_checkpoints, read_manifest
 
     _refuse_unsupported(job, layout)
-    corpus, facts = _prepare_data(job)
+    checkpoints = list_checkpoints(folder.checkpoints)
+    begins = or_begin and not checkpoints
+    job = _started_as_before(folder, job, begins)
+    if begins:
+        job, corpus, facts = _prepare_beginning(job)
+    else:
+        corpus, facts = _prepare_data(job)
     before = folder.data_facts()
     if before is not None and before.fingerprint != facts.fingerprint:
         raise DataError(
             f"run {folder.run_id} was trained on corpus {before.fingerprint}, now it is {facts.fingerprint}: "
-            "its files have changed; restore them, or start a new run"
+            "its files, or what the job says of them, have changed; restore them, or start a new run"
         )
     generation = summarize(folder).shape.generation + 1
-    checkpoints = list_checkpoints(folder.checkpoints)
-    if not checkpoints and or_begin:
+    if begins:
         if damaged := sorted(folder.checkpoints.glob("step-*")):
             raise CheckpointError(
                 f"run {folder.run_id} has no complete checkpoint, and {damaged[-1].name} has lost its manifest: "
@@ -105,21 +115,34 @@ def _newest_sound(checkpoints: list[Path]) -> Path:
 
 def _refuse_another_model(checkpoint: Path, job: Job) -> None:
     """A resume goes on with the tensors there are: ranks would find it out, after a cluster has started."""
+    from concertina.state.fit import misfit
     from concertina.state.manifest import read_manifest
 
-    model = job.model
-    wanted = {f"master/{name}": shard.global_shape for name, shard in shards(model, Layout(1), 0).items()}
-    if model.has_router_bias:
-        layers = (layer for layer in range(model.num_hidden_layers) if model.is_moe_layer(layer))
-        wanted |= {f"buffer/layers.{layer}.moe.bias": (model.num_experts,) for layer in layers}
-    held = {key: shape for key, shape in read_manifest(checkpoint).shapes.items() if not key.startswith("exp_avg")}
-    for key in sorted(wanted.keys() | held.keys()):
-        if wanted.get(key) != held.get(key):
-            there, here = (f"has shape {s[key]}" if key in s else "is not there" for s in (held, wanted))
-            raise UserError(
-                f"{checkpoint.name} is of another model: {key.partition('/')[2]} {there} in the checkpoint, and {here} "
-                "in the job: leave model.* as it was, or start a new run"
-            )
+    if (text := misfit(read_manifest(checkpoint), job.model)) is not None:
+        raise UserError(f"{checkpoint.name} is of another model: {text}: leave model.* as it was, or start a new run")
+
+
+def _started_as_before(folder: RunFolder, job: Job, begins: bool) -> Job:
+    """What a run has started from does not change: the name in the job may mean another checkpoint by now. A run that
+    has a checkpoint of its own looks at neither."""
+    before = (folder.job_document().get("checkpoint") or {}).get("initial_load_path")
+    return job if begins and before is None else starting_from(job, before)
+
+
+def _prepare_beginning(job: Job) -> tuple[Job, Path, DataFacts]:
+    """The job with its start found and verified, and its data; both must go together."""
+    from concertina.data import open_corpus
+
+    start = find_start(job)
+    given = job.data.tokenizer.path
+    if start is not None and given is not None and Path(given).expanduser().is_file():
+        check_tokenizer(start, Path(given).expanduser())  # before the text is cut with it
+    corpus, facts = _prepare_data(job)
+    if start is None:
+        return job, corpus, facts
+    if (tokenizer := open_corpus(corpus).tokenizer_file) is not None:
+        check_tokenizer(start, tokenizer)
+    return starting_from(job, str(start)), corpus, facts
 
 
 def _refuse_unsupported(job: Job, layout: Layout) -> None:
@@ -128,12 +151,12 @@ def _refuse_unsupported(job: Job, layout: Layout) -> None:
 
 
 def _prepare_data(job: Job) -> tuple[Path, DataFacts]:
-    from concertina.data import TokenCorpus, prepare
+    from concertina.data import Mixture, open_corpus, prepare
 
     shown = _PreparationLine()
     folder = prepare(job.data, Path(job.storage_path), job.model.vocab_size, shown)
     shown.close()
-    corpus = TokenCorpus.open(folder)
+    corpus = open_corpus(folder)
     splits = corpus.sequences(job.data.sequence_length, job.data.validation_fraction)
     if not len(splits.train) or not len(splits.validation):
         raise DataError(
@@ -141,6 +164,10 @@ def _prepare_data(job: Job) -> tuple[Path, DataFacts]:
             f"and {len(splits.validation)} to validate on: give more text or a smaller data.sequence_length"
         )
     source = job.data.source if isinstance(job.data.source, str) else ",".join(job.data.source)
+    if isinstance(corpus, Mixture):
+        source = ", ".join(f"{name} {weight:.3g}" for name, weight in corpus.weights.items())
+        for line in often_repeated(splits.train, job.training):
+            print(f"warning: {line}", file=sys.stderr)
     return folder, DataFacts(source, corpus.fingerprint, corpus.num_tokens, str(folder))
 
 

@@ -126,7 +126,9 @@ class Progress:
         if event.type == EventType.STEP:
             return self._step(event)
         if event.type == EventType.EVAL:
-            return f"step={event.step}/{self.job.training.steps} validation_loss={float(data['loss']):.4f}"
+            sources = {"": data["loss"], **{f"/{name}": loss for name, loss in (data.get("by_source") or {}).items()}}
+            losses = " ".join(f"validation_loss{name}={float(loss):.4f}" for name, loss in sources.items())
+            return f"step={event.step}/{self.job.training.steps} {losses}"
         if event.type == EventType.CHECKPOINT:
             return f"step={event.step}/{self.job.training.steps} checkpoint={data['path']} bytes={data['bytes']}"
         if event.type == EventType.ANOMALY:

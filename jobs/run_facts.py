@@ -130,6 +130,9 @@ def _origin(folder: RunFolder) -> list[str]:
             f"{model.get('num_experts')} experts of {model.get('moe_intermediate_size')}, "
             f"{model.get('num_experts_per_tok')} a token; vocabulary {model.get('vocab_size')}"
         )
+    start = (folder.job_document().get("checkpoint") or {}).get("initial_load_path")
+    if start:
+        told.append(f"  started from {start}")
     data = folder.data_facts()
     if data:
         told.append(f"  data         {data.name} {data.fingerprint[:_SHORT]}, {data.num_tokens:,} tokens")

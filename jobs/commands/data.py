@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from concertina.config import DataConfig, TrainingConfig
+from jobs.data_facts import contents, facts, lines, mixture_facts, part_rows
 from jobs.opening import JobArgument, SetOption, open_job
-from jobs.output import Output, OutputOption, next_commands, print_json
+from jobs.output import Output, OutputOption, next_commands, print_json, print_table
 
 if TYPE_CHECKING:
-    from concertina.data import TokenCorpus
+    from concertina.data import Mixture, TokenCorpus
 
 __all__ = ["data"]
 
-EXCERPT_TOKENS = 60
 PROGRESS_EVERY_S = 1.0
-COUNT_BLOCK_TOKENS = 1 << 24
 
 data = typer.Typer(help="Text to token files, once, and what is in them.", no_args_is_help=True)
 
@@ -30,7 +30,8 @@ def prepare_command(job: JobArgument, overrides: SetOption = None, output: Outpu
     """Turn the job's text into tokens, once.
 
     \b
-    They go under <storage_path>/data; where they are already, this returns at once.
+    They go under <storage_path>/data; where they are already, this returns at once. A token file that is the only
+    one of its source stays where it is.
     `concertina train` does the same at its start.
 
     \b
@@ -38,17 +39,18 @@ def prepare_command(job: JobArgument, overrides: SetOption = None, output: Outpu
       concertina data prepare jobs/quickstart.yaml
     """
     config = open_job(job, overrides).job
-    from concertina.data import TokenCorpus, prepare
+    from concertina.data import Mixture, open_corpus, prepare
 
     started = time.monotonic()
     progress = _Progress()
     folder = prepare(config.data, config.storage_path, config.model.vocab_size, progress)
-    corpus = TokenCorpus.open(folder)
+    corpus = open_corpus(folder)
     if output is Output.JSON:
-        print_json({"folder": str(folder), "built": progress.heard, **_facts(corpus)})
+        told = mixture_facts(corpus, config.data, None) if isinstance(corpus, Mixture) else facts(corpus)
+        print_json({"folder": str(folder), "built": progress.heard, **told})
         return
     done = f"prepared in {time.monotonic() - started:.1f} s" if progress.heard else "was prepared before"
-    sys.stdout.write(f"{corpus.num_tokens:,} tokens, {corpus.manifest.num_documents:,} documents: {done}\n  {folder}\n")
+    sys.stdout.write(f"{corpus.num_tokens:,} tokens, {corpus.num_documents:,} documents: {done}\n  {folder}\n")
     again = _with_overrides(job, overrides)
     next_commands(
         [(f"concertina data inspect {again}", "what is in it"), (f"concertina train {again}", "train on it")],
@@ -62,7 +64,7 @@ def inspect_command(
     verify: Annotated[bool, typer.Option("--verify", help="Read all of it and compare the checksums.")] = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Show a corpus in numbers, and some of its text.
+    """Show a corpus in numbers, and some of its text; of a mixture each source, and how often the job reads it.
 
     \b
     Sequences are counted for the job's length and held-out share; for a folder, for the defaults.
@@ -71,14 +73,22 @@ def inspect_command(
     Example:
       concertina data inspect jobs/quickstart.yaml
     """
-    corpus, length, fraction = _find(target, overrides)
+    from concertina.data import Mixture
+
+    corpus, data, training = _find(target, overrides)
     if verify:
         corpus.verify()
-    facts = {"folder": str(corpus.folder), **_facts(corpus), **_contents(corpus, length, fraction)}
+    if isinstance(corpus, Mixture):
+        told = mixture_facts(corpus, data, training)
+    else:
+        told = {"folder": str(corpus.folder), **facts(corpus), **contents(corpus, data, training)}
     if output is Output.JSON:
-        print_json({**facts, "verified": verify})
+        print_json({**told, "verified": verify})
         return
-    sys.stdout.write("".join(f"{line}\n" for line in _lines(facts)))
+    if isinstance(corpus, Mixture):
+        _print_mixture(told)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in lines(told)))
     again = _with_overrides(target, overrides)
     commands = [(f"concertina data inspect {again} --verify", "compare every byte with the checksums")]
     if not Path(target).is_dir():
@@ -102,74 +112,28 @@ class _Progress:
             sys.stderr.write(f"{what} {amount}\n")
 
 
-def _find(target: str, overrides: list[str] | None) -> tuple[TokenCorpus, int, float]:
-    """The corpus, the sequence length and the held-out share to count with."""
-    from concertina.config import DataConfig
-    from concertina.data import TokenCorpus, corpus_folder
+def _print_mixture(told: dict[str, Any]) -> None:
+    sys.stdout.write(f"{told['folder']}\n{told['tokens']:,} tokens; sequences of {told['sequence_length']} tokens\n\n")
+    print_table(*part_rows(told))
+    for line in told["warnings"]:
+        sys.stderr.write(f"warning: {line}\n")
+
+
+def _find(target: str, overrides: list[str] | None) -> tuple[TokenCorpus | Mixture, DataConfig, TrainingConfig | None]:
+    """What is there, what to count it with, and the training of the job, if it is one."""
+    from concertina.data import corpus_folder, open_corpus
     from concertina.errors import NotFoundError
 
     if Path(target).is_dir():
-        defaults = DataConfig()
-        return TokenCorpus.open(target), defaults.sequence_length, defaults.validation_fraction
+        return open_corpus(target), DataConfig(), None
     job = open_job(target, overrides).job
     folder = corpus_folder(job.data, job.storage_path)
     if not folder.exists():
         again = _with_overrides(target, overrides)
         raise NotFoundError(f"the corpus of {target} is not prepared yet: run `concertina data prepare {again}`")
-    return TokenCorpus.open(folder), job.data.sequence_length, job.data.validation_fraction
+    return open_corpus(folder), job.data, job.training
 
 
 def _with_overrides(target: str, overrides: list[str] | None) -> str:
     """The arguments that mean the same job again, to be pasted into a shell."""
     return " ".join([shlex.quote(target), *(f"--set {shlex.quote(override)}" for override in overrides or ())])
-
-
-def _facts(corpus: TokenCorpus) -> dict[str, Any]:
-    manifest = corpus.manifest
-    return {
-        "fingerprint": corpus.fingerprint,
-        "content_sha256": corpus.content_sha256,
-        "sources": manifest.sources,
-        "tokens": corpus.num_tokens,
-        "documents": manifest.num_documents,
-        "text_bytes": manifest.text_bytes,
-        "bytes_per_token": manifest.text_bytes / corpus.num_tokens if manifest.text_bytes else None,
-        "vocab_size": corpus.vocab_size,
-    }
-
-
-def _contents(corpus: TokenCorpus, length: int, fraction: float) -> dict[str, Any]:
-    """What only reading the tokens tells."""
-    import numpy as np
-
-    counts = np.zeros(corpus.manifest.largest_token + 1, dtype=np.int64)
-    for first in range(0, corpus.num_tokens, COUNT_BLOCK_TOKENS):
-        counts += np.bincount(corpus.tokens[first : first + COUNT_BLOCK_TOKENS], minlength=len(counts))
-    train, validation = corpus.sequences(length, fraction)
-    middle = int(corpus.documents[len(corpus.documents) // 2])
-    ids = corpus.tokens[middle : middle + EXCERPT_TOKENS].tolist()
-    return {
-        "vocabulary_used": int((counts > 0).sum()),
-        "sequence_length": length,
-        "sequences": {"train": len(train), "validation": len(validation)},
-        "excerpt": corpus.decode(ids),
-        "excerpt_ids": ids,
-    }
-
-
-def _lines(facts: dict[str, Any]) -> list[str]:
-    sources, sequences = facts["sources"], facts["sequences"]
-    ratio = f", {facts['bytes_per_token']:.2f} bytes of text each" if facts["bytes_per_token"] else ""
-    excerpt = facts["excerpt"] or f"(no tokenizer) {facts['excerpt_ids']}"
-    return [
-        facts["folder"],
-        f"source      {', '.join(sources['source'])}: {sources['num_files']:,} files, {sources['num_bytes']:,} bytes",
-        f"tokens      {facts['tokens']:,}{ratio}",
-        f"documents   {facts['documents']:,}",
-        f"vocabulary  {facts['vocabulary_used']:,} of {facts['vocab_size']:,} tokens occur",
-        f"sequences   {sequences['train']:,} for training, {sequences['validation']:,} held out, "
-        f"of {facts['sequence_length']} tokens",
-        f"content     sha256 {facts['content_sha256'][:16]}",
-        "excerpt",
-        *(f"  | {line}" for line in excerpt.splitlines()),
-    ]

@@ -49,7 +49,7 @@ def train(
     \b
     Example:
       concertina train jobs/quickstart.yaml --set training.steps=50
-      concertina train jobs/quickstart.yaml --run mine --set training.steps=50
+      concertina train jobs/quickstart.yaml --run base --set training.steps=50
       concertina train --resume latest --set training.steps=1000
     """
     from concertina.elastic.chaos import parse
@@ -88,6 +88,9 @@ def _say_what_begins(prepared: Prepared, progress: Progress) -> None:
         progress.say(f"resuming run {folder.run_id} from the beginning: it has no checkpoint yet")
     else:
         progress.say(f"run {folder.run_id} in {folder.path}")
+    start = prepared.job.checkpoint.initial_load_path
+    if prepared.resume_from is None and start is not None:
+        progress.say(f"its weights begin as those of {start}")
 
 
 def _root_cause(folder: Any) -> None:

@@ -394,6 +394,19 @@ def test_what_the_first_rank_did_not_live_to_say_is_filled_in(desk: Desk) -> Non
     assert [step for step, _ in desk.valid(EventType.STEP)] == list(range(1, 8))
 
 
+def test_losses_of_sources_are_written_down_whoever_says_them(desk: Desk) -> None:
+    book = training(desk)
+    say(book, committed(1), Evaluated(1, 4.0, {"code": 3.0, "prose": 5.0}), committed(2))
+    book.fill([{**record_of(3, validation_loss=3.5), "validation_by_source": {"code": 3.0, "prose": 4.0}}], 3)
+    say(book, committed(4), Evaluated(4, 3.0))
+    told = [event.data for event in desk.events(EventType.EVAL)]
+    assert told == [
+        {"loss": 4.0, "by_source": {"code": 3.0, "prose": 5.0}},
+        {"loss": 3.5, "by_source": {"code": 3.0, "prose": 4.0}},
+        {"loss": 3.0},
+    ]
+
+
 def test_a_step_that_is_void_is_not_filled_in(desk: Desk) -> None:
     book = training(desk)
     say(book, committed(1))

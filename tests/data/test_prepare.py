@@ -1,6 +1,7 @@
 """Is a corpus built once, whole or not at all, by however many at once, and again when what goes in has changed?"""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from concertina.config.schema import DataConfig, TokenizerConfig
-from concertina.data.corpus import TokenCorpus
-from concertina.data.prepare import fingerprint, prepare
+from concertina.data.corpus import TokenCorpus, sha256_of
+from concertina.data.mixture import Mixture
+from concertina.data.prepare import corpus_folder, fingerprint, prepare
 from concertina.data.sources import find_files
 from concertina.data.tokenizer import END_OF_TEXT, train_tokenizer
 from concertina.errors import DataError
+from tests.data.test_token_files import write_pair
 
 pytestmark = pytest.mark.unit
 
@@ -161,6 +164,160 @@ def test_nanogpt_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     assert whole.documents.tolist() == [0, 6]
     cut = TokenCorpus.open(prepare(DataConfig(source=(str(first), str(second)), max_bytes=14), tmp_path, 51))
     assert cut.tokens.tolist() == [5, 6, 50, 7, 8, 50, 9]
+
+
+def test_one_token_file_stays_where_it_is(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "a.bin", [5, 6, 50, 7])
+    said: list[str] = []
+    folder = prepare(
+        DataConfig(source=str(path), document_token=50), tmp_path, 51, lambda what, done, total: said.append(what)
+    )
+    corpus = TokenCorpus.open(folder)
+    assert said == ["reading tokens"]
+    assert corpus.tokens.tolist() == [5, 6, 50, 7]
+    assert corpus.documents.tolist() == [0, 3]
+    assert sorted(file.name for file in folder.iterdir()) == ["documents.bin", "manifest.json"]
+    corpus.verify()
+    status = path.stat()
+    write_tokens(path, [5, 6, 50, 8])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    TokenCorpus.open(folder)  # as before: contents are compared where times differ, or when asked for
+    with pytest.raises(DataError, match=f"a.bin was altered.*delete the folder {folder} and run"):
+        corpus.verify()
+    write_tokens(path, [5, 6])
+    with pytest.raises(DataError, match=r"a\.bin is truncated: manifest\.json says 8 bytes, the file has 4"):
+        TokenCorpus.open(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=f"a.bin is missing; delete the folder {folder} and run"):
+        TokenCorpus.open(folder)
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8"), (1, "u1")])
+def test_megatron_documents_are_those_of_the_index(code: int, dtype: str, tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, [[[1, 2], [3]], [[4]], [[5, 6, 7]]], code, dtype)
+    for data in (DataConfig(source=str(pair)), DataConfig(source=str(pair), document_token=2)):
+        corpus = TokenCorpus.open(prepare(data, tmp_path / "runs", 8))
+        assert corpus.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
+        assert corpus.documents.tolist() == [0, 3, 4]
+        assert Path(corpus.manifest.tokens) == pair
+        train, _ = corpus.sequences(3, 0.0)
+        assert train.read([0])[1].tolist() == [[2, 3, -100]], "the next token begins another document"
+    assert len(list((tmp_path / "runs" / "data").iterdir())) == 1, "one corpus: the index says where documents start"
+    other = write_tokens(tmp_path / "more.bin", [9, 10])
+    (tmp_path / "two").mkdir()
+    second = write_pair(tmp_path / "two", [[[8, 9]], [[70000 if dtype[-1] in "48" else 10]]], code, dtype)
+    both = TokenCorpus.open(prepare(DataConfig(source=(str(pair), str(second))), tmp_path / "runs", 100_000))
+    assert both.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 70000 if dtype[-1] in "48" else 10]
+    assert both.documents.tolist() == [0, 3, 4, 7, 9]
+    assert both.manifest.tokens == "tokens.bin"
+    mixed = TokenCorpus.open(prepare(DataConfig(source=(str(other), str(pair))), tmp_path / "runs", 11))
+    assert mixed.documents.tolist() == [0, 2, 5, 6]
+
+
+def test_a_pair_that_changes_is_another_corpus(tmp_path: Path) -> None:
+    data = DataConfig(source=str(write_pair(tmp_path, [[[1, 2]], [[3]]])))
+    before = prepare(data, tmp_path / "runs", 4)
+    write_pair(tmp_path, [[[1, 2], [3]]])
+    assert prepare(data, tmp_path / "runs", 4) != before
+
+
+def test_numbers_that_are_no_token_ids_are_named(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, [[[1, 2]], [[3, -7]]])
+    with pytest.raises(DataError, match=r"-7 at position 3 is no token id"):
+        prepare(DataConfig(source=str(pair)), tmp_path / "runs", 100)
+    assert list((tmp_path / "runs" / "data").iterdir()) == []
+
+
+def test_half_of_a_pair(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, [[[1, 2]]])
+    pair.with_suffix(".idx").unlink()
+    with pytest.raises(DataError, match=r"a token file of Megatron's is a pair, d\.bin and d\.idx: copy both"):
+        prepare(DataConfig(source=str(pair), format="megatron"), tmp_path / "runs", 100)
+
+
+def mixture(texts: Path, **sources: object) -> DataConfig:
+    parts = {"even": {"source": [str(texts / f"{n}.txt") for n in (0, 2, 4)]}, "odd": {"source": str(texts / "1.txt")}}
+    return DataConfig.model_validate(
+        {"sources": {**parts, **sources}, "tokenizer": TokenizerConfig(vocab_size=VOCAB), "sequence_length": 8}
+    )
+
+
+def test_a_mixture_is_corpora_cut_by_one_tokenizer(texts: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = prepare(mixture(texts), tmp_path, VOCAB, lambda what, done, total: said.append(what))
+    assert said.count("training the tokenizer") == 1
+    assert corpus_folder(mixture(texts), tmp_path) == folder
+    mixed = Mixture.open(folder)
+    assert list(mixed.corpora) == ["even", "odd"]
+    assert len({sha256_of(corpus.folder / "tokenizer.json") for corpus in mixed.corpora.values()}) == 1
+    assert mixed.corpora["odd"].decode(mixed.corpora["odd"].tokens.tolist()) == (
+        (texts / "1.txt").read_text() + END_OF_TEXT
+    )
+    assert mixed.num_documents == 4
+    assert mixed.tokenizer_file is not None
+    assert sha256_of(mixed.tokenizer_file) == sha256_of(mixed.corpora["odd"].folder / "tokenizer.json")
+    mixed.verify()
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted(
+        [folder.name, *(corpus.fingerprint for corpus in mixed.corpora.values())]
+    )
+
+
+def corpora_of(folder: Path) -> dict[str, str]:
+    return {name: corpus.fingerprint for name, corpus in Mixture.open(folder).corpora.items()}
+
+
+def test_weights_cut_nothing_anew_and_sources_do(texts: Path, tmp_path: Path) -> None:
+    odd = str(texts / "1.txt")
+    first = prepare(mixture(texts), tmp_path, VOCAB)
+    said: list[str] = []
+    heavier = mixture(texts, odd={"source": odd, "weight": 3.0})
+    second = prepare(heavier, tmp_path, VOCAB, lambda what, done, total: said.append(what))
+    assert said == []
+    assert first != second, "a resume with other weights is one with other data"
+    assert corpora_of(first) == corpora_of(second)
+    third = prepare(mixture(texts, more={"source": str(texts / "3.txt")}), tmp_path, VOCAB)
+    assert not set(corpora_of(first).values()) & set(corpora_of(third).values()), "the tokenizer is another"
+
+
+def test_a_corpus_of_a_mixture_that_is_lost_is_cut_with_the_tokenizer_there_is(texts: Path, tmp_path: Path) -> None:
+    folder = prepare(mixture(texts), tmp_path, VOCAB)
+    corpora = Mixture.open(folder).corpora
+    before = corpora["even"].content_sha256
+    shutil.rmtree(corpora["even"].folder)
+    said: list[str] = []
+    assert prepare(mixture(texts), tmp_path, VOCAB, lambda what, done, total: said.append(what)) == folder
+    assert set(said) == {"tokenizing"}
+    assert Mixture.open(folder).corpora["even"].content_sha256 == before
+
+
+def test_a_lone_source_shares_the_corpus_of_a_job_without_a_mixture(texts: Path, tmp_path: Path) -> None:
+    lone = DataConfig.model_validate(
+        {"sources": {"all": {"source": str(texts)}}, "tokenizer": TokenizerConfig(vocab_size=VOCAB)}
+    )
+    (found,) = Mixture.open(prepare(lone, tmp_path, VOCAB)).corpora.values()
+    assert found.folder == prepare(config(texts), tmp_path, VOCAB)
+
+
+def test_errors_of_a_mixture_name_the_source(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"source bad: data\.source: no file or folder /no/such"):
+        prepare(mixture(texts, bad={"source": "/no/such"}), tmp_path, VOCAB)
+    (tmp_path / "x.jsonl").write_text("no")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: not JSON"):
+        prepare(mixture(texts, bad={"source": str(tmp_path / "x.jsonl")}), tmp_path, VOCAB)
+    tokens = write_tokens(tmp_path / "t.bin", [1, 2, 3])
+    with pytest.raises(DataError, match=r"data\.sources mixes tokens \(bad\) with text \(even\).*tokenizer\.path"):
+        prepare(mixture(texts, bad={"source": str(tokens)}), tmp_path, VOCAB)
+
+
+def test_tokens_and_text_mix_with_the_tokenizer_of_the_tokens(texts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "given.json"
+    train_tokenizer(["folds of documents\n" * 9], 280).save(str(path))
+    tokens = write_tokens(tmp_path / "t.bin", [1, 2, 3] * 9)
+    data = mixture(texts, tokens={"source": str(tokens)})
+    data = data.model_copy(update={"tokenizer": TokenizerConfig(path=str(path))})
+    mixed = Mixture.open(prepare(data, tmp_path, VOCAB))
+    assert mixed.corpora["tokens"].tokens.tolist() == [1, 2, 3] * 9
+    assert mixed.tokenizer_file is not None
 
 
 def test_a_token_out_of_vocabulary_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from concertina.config.schema import DataConfig
 from concertina.data import sources
 from concertina.data.sources import PIECE_BYTES, find_files, read_pieces
 from concertina.errors import DataError
+from tests.data.test_token_files import write_pair
 
 pytestmark = pytest.mark.unit
 
@@ -162,3 +163,24 @@ def test_a_folder_of_token_files_needs_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "prepare.py").write_text("x")
     found = find_files(DataConfig(source=str(tmp_path), format="nanogpt"))
     assert [file.path.name for file in found] == ["train.bin"]
+
+
+def test_a_pair_is_one_file_whatever_names_it(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, [[[1, 2]], [[3]]])
+    (tmp_path / "alone.bin").write_bytes(b"\1\0")
+    named = [DataConfig(source=str(tmp_path / name)) for name in ("d", "d.bin", "d.idx")]
+    both = DataConfig(source=str(tmp_path), include=("d.*",))
+    for data in (*named, both, DataConfig(source=str(tmp_path), format="megatron")):
+        (file,) = find_files(data)
+        assert (file.path, file.kind) == (pair, "megatron")
+        assert file.num_bytes == pair.stat().st_size + pair.with_suffix(".idx").stat().st_size
+    assert [file.kind for file in find_files(DataConfig(source=str(tmp_path), include=("*.bin",)))] == [
+        "nanogpt",
+        "megatron",
+    ]
+    assert [file.kind for file in find_files(DataConfig(source=str(pair), format="nanogpt"))] == ["nanogpt"]
+    pair.with_suffix(".bin").unlink()
+    with pytest.raises(DataError, match=r"is a pair, d\.bin and d\.idx: copy both"):
+        find_files(DataConfig(source=str(tmp_path / "d.idx")))
+    with pytest.raises(DataError, match="no file or folder"):
+        find_files(DataConfig(source=str(tmp_path / "d")))

@@ -142,7 +142,7 @@ def test_documented_overrides_are_keys(folder: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.skipif("train" not in dict(COMMANDS), reason="there is no train command yet")
 def test_the_others_run_on_a_trained_run(folder: Path) -> None:
     others = [

@@ -125,3 +125,12 @@ def test_a_node_has_a_short_name_for_people(folder: RunFolder) -> None:
         start(log)
         log.append(EventType.MEMBER, MemberNews(0, MemberWhat.LOST, node, 100, "its node died").to_json())
     assert told(folder) == ["member 0 lost on node 8d24f3a1, process 100: its node died"]
+
+
+def test_each_source_of_a_mixture_is_told(folder: RunFolder) -> None:
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        log.append(EventType.EVAL, {"loss": 2.0, "by_source": {"code": 1.5, "prose": 3.5}}, step=10)
+    assert told(folder)[-1] == (
+        "step=10/40 validation_loss=2.0000 validation_loss/code=1.5000 validation_loss/prose=3.5000"
+    )

@@ -47,6 +47,19 @@ def test_a_late_reader_still_finds_the_values_of_a_checkpoint() -> None:
     assert {point.key for point in course.recent[600]} >= {"train/loss", "train/tokens"}
 
 
+def test_each_source_of_a_mixture_has_its_own_curve() -> None:
+    course = Course()
+    points = course.observe(event(EventType.EVAL, 5, loss=2.0, by_source={"code": 1.5, "prose": "NaN"}))
+    assert [(point.key, point.step) for point in points] == [
+        ("validation/loss", 5),
+        ("validation/loss/code", 5),
+        ("validation/loss/prose", 5),
+    ]
+    assert points[1].value == 1.5
+    assert course.nonfinite == ["validation/loss/prose@5=nan"]
+    assert course.observe(event(EventType.EVAL, 5, loss=2.0, by_source={"code": 1.0})) == []
+
+
 def test_an_evaluation_before_its_step_hides_nothing() -> None:
     """The loss of a step is committed a step late; its evaluation is not."""
     course = Course()

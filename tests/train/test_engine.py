@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from concertina.config import Job
+from concertina.data import MixtureView, Part, parts_of
 from concertina.layout import Layout
+from concertina.train.engine import Engine
 from tests.distributed import run_distributed
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import TinyView, engine_on, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -67,6 +69,56 @@ def test_micro_batches_change_nothing(micro: int, reference: dict[str, Any]) -> 
     assert relative(one_process(job, 20)["losses"], reference["losses"]) < 1e-10
     for ranks in run_distributed(losses_of, 3, job, 3, 3, 20):
         assert relative(ranks["losses"], reference["losses"]) < 1e-10
+
+
+MIXED = {"large": (0.75, 61), "small": (0.25, 5)}
+
+
+def mixed_engine(rank: int, store: Any, world: int, ep: int) -> Engine:
+    """On a mixture of two sources of other sequences, of which one is read again and again."""
+    job = tiny_job()
+    engine = engine_on(job, Layout(world, ep=ep), rank, store)
+    length, words = job.data.sequence_length, job.model.vocab_size
+    views = []
+    for count in (1, 2):
+        parts = [
+            Part(name, weight, TinyView(count * size, length, words - 9 * number))  # type: ignore[arg-type]
+            for number, (name, (weight, size)) in enumerate(MIXED.items())
+        ]
+        views.append(MixtureView(parts, [part.weight for part in parts]))
+    mixed = Engine(job, views[0], views[1], engine.device)
+    mixed.adopt(engine.share, publish=False)
+    return mixed
+
+
+def mixture_on(rank: int, store: Any, world: int, ep: int) -> dict[str, Any]:
+    engine = mixed_engine(rank, store, world, ep)
+    losses = [engine.train_step(step).loss for step in range(1, 9)]
+    return {"losses": losses, "by_source": engine.evaluate_sources(), "validation": engine.evaluate()}
+
+
+def test_a_mixture_goes_the_same_way_on_every_layout() -> None:
+    alone = mixture_on(0, None, 1, 1)
+    for found in run_distributed(mixture_on, 3, 3, 3):
+        assert relative(found["losses"], alone["losses"]) < 1e-10
+        assert found["by_source"] == pytest.approx(alone["by_source"], rel=1e-10)
+        assert found["validation"] == pytest.approx(alone["validation"], rel=1e-10)
+
+
+def test_validation_is_of_each_source_and_of_all_by_their_weights() -> None:
+    engine = mixed_engine(0, None, 1, 1)
+    found, half = engine.evaluate_sources(), engine.job.training.eval_sequences // 2
+    assert list(found) == list(MIXED)
+    for part in parts_of(engine.validation):
+        # As a job of this source alone would validate, with its part of the sequences.
+        training = engine.job.training.model_copy(update={"eval_sequences": half})
+        lone = Engine(
+            engine.job.model_copy(update={"training": training}), part.sequences, part.sequences, engine.device
+        )
+        lone.adopt(engine.share, publish=False)
+        assert found[part.name] == lone.evaluate()
+    assert engine.evaluate() == pytest.approx(0.75 * found["large"] + 0.25 * found["small"], rel=1e-14)
+    assert found["large"] != found["small"]
 
 
 def gradients_of(rank: int, store: Any, job: Job, world: int, ep: int) -> tuple[float, dict[str, Any]]:

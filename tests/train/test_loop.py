@@ -19,6 +19,7 @@ from concertina.layout import Layout
 from concertina.state.manifest import checkpoint_folder, commit, list_checkpoints, read_manifest, verify
 from concertina.train.loop import CHECKPOINT, REGROUP, STOP, Loop, Overtaken
 from tests.distributed import run_distributed
+from tests.train.test_engine import MIXED, mixed_engine
 from tests.train.worlds import engine_on, tiny_job
 
 pytestmark = pytest.mark.dist
@@ -385,3 +386,14 @@ def test_too_many_anomalies_stop(tmp_path: Path) -> None:
     job = tiny_job(training__anomaly={"nonfinite": "skip", "max_events": 1})
     _, finished = run(0, None, job, tmp_path, 1, 1, {}, None, poison=8)
     assert finished.reason == "anomaly"
+
+
+def test_a_mixture_tells_each_source(tmp_path: Path) -> None:
+    link = Recorder(tmp_path, {11: STOP})
+    loop = Loop(mixed_engine(0, None, 1, 1), tmp_path, link)
+    loop.sit(0)
+    loop.run()
+    (told,) = link.of(Evaluated)
+    assert list(told.by_source) == list(MIXED)
+    assert told.loss == sum(MIXED[name][0] * loss for name, loss in told.by_source.items())
+    assert loop.records[10]["validation_by_source"] == told.by_source

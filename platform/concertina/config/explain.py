@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from concertina.config.schema import Job, Misfits
+from concertina.config.schema import Job
+from concertina.config.section import Misfits
 from concertina.config.tree import Entry, Problem
 
-__all__ = ["explain", "known_keys"]
+__all__ = ["ANY_NAME", "explain", "known_keys", "section_below"]
+
+ANY_NAME = "NAME"
+"""Stands for a key that a person chooses."""
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -45,15 +50,28 @@ def explain(error: ValidationError, tree: Entry) -> list[Problem]:
 
 @cache
 def known_keys() -> tuple[str, ...]:
-    """Every dotted key a job file may hold, sections included."""
+    """Every dotted key a job file may hold, sections included; ANY_NAME where a person chooses it."""
     return tuple(_keys(Job, ""))
+
+
+def section_below(field: FieldInfo) -> tuple[type[BaseModel], str] | None:
+    """The section that a key holds, and what comes between the two: nothing, or the name of one of several."""
+    for annotation in (field.annotation, *get_args(field.annotation)):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation, ""
+        if get_origin(annotation) is dict:
+            return get_args(annotation)[1], f".{ANY_NAME}"
+    return None
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        if below := section_below(field):
+            inner, between = below
+            if between:
+                yield f"{prefix}{name}{between}"
+            yield from _keys(inner, f"{prefix}{name}{between}.")
 
 
 def _path(loc: Sequence[str | int], tree: Entry) -> tuple[str, ...]:
@@ -96,6 +114,15 @@ def _lines(fault: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 def _hint(key: str) -> str:
     """The nearest known key, or the keys there are."""
+    for named in (known for known in known_keys() if known.endswith(f".{ANY_NAME}")):
+        above = named.removesuffix(ANY_NAME)
+        chosen, dot, rest = key.removeprefix(above).partition(".")
+        if key.startswith(above) and dot:
+            return _hint_among(f"{named}.{rest}").replace(named, above + chosen)
+    return _hint_among(key)
+
+
+def _hint_among(key: str) -> str:
     section, _, word = key.rpartition(".")
     prefix = f"{section}." if section else ""
     siblings = [k for k in known_keys() if k.startswith(prefix) and "." not in k[len(prefix) :]]

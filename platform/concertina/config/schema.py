@@ -6,11 +6,13 @@ Keys of `model` are Hugging Face's where Hugging Face has one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction as Exact
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from concertina.config.data import DataConfig, SourceConfig, TokenizerConfig
+from concertina.config.section import Fraction, Misfits, NonNegative, Positive, Section
 
 __all__ = [
     "AnomalyConfig",
@@ -21,9 +23,9 @@ __all__ = [
     "ElasticConfig",
     "Job",
     "LayoutConfig",
-    "Misfits",
     "ModelConfig",
     "Precision",
+    "SourceConfig",
     "TokenizerConfig",
     "TrackingConfig",
     "TrainingConfig",
@@ -31,30 +33,6 @@ __all__ = [
 
 Precision = Literal["float64", "float32", "bfloat16"]
 AnomalyAction = Literal["skip", "stop", "roll_back"]
-
-
-def _whole(value: Any) -> Any:
-    """`2e7` is a float in YAML and a count to a person."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Misfits(ValueError):
-    """Keys that do not fit each other: (key below the section, what is wrong) of each."""
-
-    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(text for _, text in problems))
-        self.problems = tuple(problems)
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, docstrings under fields become descriptions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class CapacityConfig(Section):
@@ -239,39 +217,6 @@ def _group_misfits(model: ModelConfig) -> list[tuple[str, str]]:
     return []
 
 
-class TokenizerConfig(Section):
-    """How text becomes tokens."""
-
-    path: str | None = None
-    """A `tokenizer.json`; absent: a byte-level BPE is trained on the corpus."""
-    vocab_size: Annotated[int, Field(ge=257)] = 4096
-    """Size of the trained BPE: 256 bytes, the end-of-text token, and merges."""
-
-
-class DataConfig(Section):
-    """The corpus and how it is cut into sequences."""
-
-    source: str | tuple[str, ...] = "stdlib"
-    """`stdlib` (the Python standard library's own source on this machine), or files and folders."""
-    format: Literal["auto", "text", "jsonl", "nanogpt"] = "auto"
-    """`auto` goes by the file's ending: .jsonl, .bin (nanoGPT), everything else is text."""
-    text_field: str = "text"
-    """The field of a .jsonl line that holds the text."""
-    include: tuple[str, ...] = ("*.txt", "*.md", "*.py", "*.jsonl")
-    """File name patterns taken from folders."""
-    document_token: NonNegative | None = None
-    """Token id that ends a document in a nanoGPT .bin (50256 in GPT-2's vocabulary); absent: one document a file."""
-    max_bytes: Positive | None = None
-    """Stop reading after this many bytes of text; absent: all of it."""
-    sequence_length: Positive = 256
-    """Tokens a sequence predicts."""
-    document_mask: bool = False
-    """Tokens see their own document only, not those before it in the sequence."""
-    validation_fraction: Fraction = 0.02
-    """Share of the sequences held out; never trained on."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-
-
 class AnomalyConfig(Section):
     """What happens at a step whose loss or gradient is not finite, or whose loss jumps."""
 
@@ -317,7 +262,7 @@ class TrainingConfig(Section):
     eval_every_steps: Positive = 50
     """Steps between validations; the last step is always validated."""
     eval_sequences: Positive = 64
-    """Held-out sequences a validation reads, the same ones each time."""
+    """Held-out sequences a validation reads, the same ones each time; of a mixture as many of each source."""
     anomaly: AnomalyConfig = AnomalyConfig()
 
     @model_validator(mode="after")
@@ -411,6 +356,11 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step and a stop always write one."""
     keep: Positive = 3
     """Newest complete checkpoints kept."""
+    initial_load_path: str | None = None
+    """What a new run takes its weights from, to fine-tune them: a checkpoint's folder, or a run (its id, its folder,
+    `latest`), of which the newest checkpoint is meant. Weights and router biases only: steps, schedule, moments and the
+    order of data begin anew. As in torchtitan, from where the name is, it counts until the run has a checkpoint of its
+    own; a run goes on with --resume (what `resume_from_checkpoint` is elsewhere)."""
 
 
 class TrackingConfig(Section):

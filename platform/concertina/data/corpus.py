@@ -1,7 +1,8 @@
 """What is on disk once text has become tokens, and is it whole?
 
-A folder: `tokens.bin` (flat uint16 or uint32), `documents.bin` (int64, the position at which each document starts),
-`tokenizer.json` (absent for nanoGPT files) and `manifest.json`, which says what the others must be.
+A folder: `tokens.bin` (flat uint16 or uint32; absent where one token file of somebody else's is read in its place),
+`documents.bin` (int64, the position at which each document starts), `tokenizer.json` (absent for token files that come
+without one) and `manifest.json`, which says what the others must be.
 """
 
 from __future__ import annotations
@@ -19,9 +20,22 @@ from concertina.data.sequences import Split, split_windows
 from concertina.data.tokenizer import load_tokenizer
 from concertina.errors import DataError
 
-__all__ = ["DOCUMENTS", "MANIFEST", "TOKENIZER", "TOKENS", "FileFacts", "Manifest", "TokenCorpus", "sha256_of"]
+__all__ = [
+    "DOCUMENTS",
+    "MANIFEST",
+    "TOKENIZER",
+    "TOKENS",
+    "FileFacts",
+    "Manifest",
+    "TokenCorpus",
+    "TokenType",
+    "sha256_of",
+]
 
 MANIFEST, TOKENS, DOCUMENTS, TOKENIZER = "manifest.json", "tokens.bin", "documents.bin", "tokenizer.json"
+
+TokenType = Literal["uint16", "uint32", "uint8", "int8", "int16", "int32", "int64"]
+"""The first two are what is written here."""
 
 
 class FileFacts(BaseModel):
@@ -41,7 +55,9 @@ class Manifest(BaseModel):
 
     format_version: Literal[1] = 1
     fingerprint: str
-    dtype: Literal["uint16", "uint32"]
+    dtype: TokenType
+    tokens: str = TOKENS
+    """File of the tokens: in the folder, or an absolute path outside."""
     num_tokens: int
     num_documents: int
     text_bytes: int | None
@@ -58,7 +74,7 @@ class TokenCorpus:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.tokens: npt.NDArray[np.unsignedinteger] = np.memmap(folder / TOKENS, dtype=manifest.dtype, mode="r")
+        self.tokens: npt.NDArray[np.integer] = np.memmap(folder / manifest.tokens, dtype=manifest.dtype, mode="r")
         self.documents: npt.NDArray[np.int64] = np.memmap(folder / DOCUMENTS, dtype=np.int64, mode="r")
 
     @classmethod
@@ -71,13 +87,13 @@ class TokenCorpus:
         folder = Path(folder)
         manifest = _read_manifest(folder)
         for name, facts in manifest.files.items():
-            _check(folder / name, facts, always_read=False)
+            _check(folder, name, facts, always_read=False)
         return cls(folder, manifest)
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest; DataError for the first that differs."""
         for name, facts in self.manifest.files.items():
-            _check(self.folder / name, facts, always_read=True)
+            _check(self.folder, name, facts, always_read=True)
 
     @property
     def fingerprint(self) -> str:
@@ -87,17 +103,27 @@ class TokenCorpus:
     @property
     def content_sha256(self) -> str:
         """Of the tokens themselves: equal on two machines even where files have other paths or times."""
-        return self.manifest.files[TOKENS].sha256
+        return self.manifest.files[self.manifest.tokens].sha256
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's; for nanoGPT files, which come without one, the largest token id plus one."""
+        """The tokenizer's; for token files, which come without one, the largest token id plus one."""
         return self.manifest.vocab_size
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """Where it has one."""
+        return self.folder / TOKENIZER if TOKENIZER in self.manifest.files else None
 
     @property
     def num_tokens(self) -> int:
         """All tokens, ends of text included."""
         return self.manifest.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Places at which one starts."""
+        return self.manifest.num_documents
 
     def sequences(self, sequence_length: int, validation_fraction: float) -> Split:
         """(train, validation): windows of `sequence_length` tokens that share no token between the two."""
@@ -121,9 +147,9 @@ class TokenCorpus:
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """Text of token ids; None where the corpus has no tokenizer."""
-        if TOKENIZER not in self.manifest.files:
+        if self.tokenizer_file is None:
             return None
-        text: str = load_tokenizer(self.folder / TOKENIZER).decode(list(ids), skip_special_tokens=False)
+        text: str = load_tokenizer(self.tokenizer_file).decode(list(ids), skip_special_tokens=False)
         return text
 
 
@@ -143,20 +169,21 @@ def _read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{path}: {where}: {first['msg']}; {_remedy(folder)}", path=str(path)) from error
-    if missing := {TOKENS, DOCUMENTS} - set(manifest.files):
+    if missing := {manifest.tokens, DOCUMENTS} - set(manifest.files):
         raise DataError(f"{path} does not list {', '.join(sorted(missing))}; {_remedy(folder)}", path=str(path))
     return manifest
 
 
-def _check(path: Path, facts: FileFacts, always_read: bool) -> None:
+def _check(folder: Path, name: str, facts: FileFacts, always_read: bool) -> None:
+    path = folder / name  # of an absolute name it is that name
     if not path.is_file():
-        raise DataError(f"{path} is missing; {_remedy(path.parent)}", path=str(path))
+        raise DataError(f"{path} is missing; {_remedy(folder)}", path=str(path))
     status = path.stat()
     if status.st_size != facts.num_bytes:
         what = "truncated" if status.st_size < facts.num_bytes else "longer than written"
         raise DataError(
             f"{path} is {what}: {MANIFEST} says {facts.num_bytes} bytes, the file has {status.st_size}; "
-            f"{_remedy(path.parent)}",
+            f"{_remedy(folder)}",
             path=str(path),
             expected_bytes=facts.num_bytes,
             num_bytes=status.st_size,
@@ -164,7 +191,7 @@ def _check(path: Path, facts: FileFacts, always_read: bool) -> None:
     if (always_read or status.st_mtime_ns != facts.mtime_ns) and (found := sha256_of(path)) != facts.sha256:
         raise DataError(
             f"{path} was altered: {MANIFEST} says sha256 {facts.sha256[:12]}, the file has {found[:12]}; "
-            f"{_remedy(path.parent)}",
+            f"{_remedy(folder)}",
             path=str(path),
         )
 

@@ -1,4 +1,4 @@
-"""How do a job's text files become a token corpus, exactly once?
+"""How do a job's files become a token corpus, or the corpora of a mixture, exactly once?
 
 The folder is named by a fingerprint of what goes in (paths, sizes, modification times, settings), built beside its
 final place and renamed into it: it is whole or absent, and of several preparers at once the first to rename wins.
@@ -14,18 +14,31 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import psutil
-import tokenizers
 from tokenizers import Tokenizer
 
-from concertina.config.schema import DataConfig
+from concertina.config import DataConfig
 from concertina.data.corpus import MANIFEST, TOKENIZER, FileFacts, Manifest, TokenCorpus, sha256_of
-from concertina.data.sources import STDLIB, Piece, SourceFile, find_files, read_pieces
-from concertina.data.tokenizer import all_cores, end_of_text_id, load_tokenizer, sample, train_tokenizer
+from concertina.data.lexicon import Lexicon
+from concertina.data.mixture import MIXTURE, MixtureManifest
+from concertina.data.sources import (
+    STDLIB,
+    TOKEN_KINDS,
+    Piece,
+    SourceFile,
+    find_files,
+    open_tokens,
+    read_pieces,
+    text_bytes,
+)
+from concertina.data.token_files import TokenFile
+from concertina.data.tokenizer import all_cores, end_of_text_id
 from concertina.data.writer import TokenWriter
 from concertina.errors import DataError
 
@@ -37,62 +50,137 @@ BATCH_BYTES = 4_000_000
 BLOCK_TOKENS = 1 << 22
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """One corpus to be: what goes in, and what cuts it."""
+
+    files: list[SourceFile]
+    data: DataConfig
+    lexicon: Lexicon
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.files[0].kind in TOKEN_KINDS
+
+
 def prepare(data: DataConfig, storage: Path | str, vocab_size: int, progress: Progress | None = None) -> Path:
-    """The folder `<storage>/data/<fingerprint>` of the corpus, built if it is not there yet.
+    """The folder `<storage>/data/<fingerprint>` of the corpus, built if it is not there yet; of a mixture the one that
+    names its corpora, each built if need be.
 
     `vocab_size` is the model's: DataError when a token id is not below it, or for anything wrong with the input.
     """
-    files = find_files(data)
-    folder = _folder(files, data, storage)
+    heard = progress or (lambda what, done, total: None)
+    if data.sources is None:
+        return _prepare_one(_recipe(data), storage, vocab_size, heard)
+    recipes = _recipes(data)
+    for recipe in recipes.values():
+        _take_known_tokenizer(recipe, storage)
+    corpora = []
+    for name, recipe in recipes.items():
+        with _about(name):
+            corpora.append(_prepare_one(recipe, storage, vocab_size, heard))
+    mixture = _mixture(data, recipes)
+    folder = _data_folder(storage) / mixture.fingerprint
     if not folder.exists():
-        _check_tokenizer(data, files, vocab_size)
-        _build(files, data, folder, progress or (lambda what, done, total: None))
-    TokenCorpus.open(folder).check_vocabulary(vocab_size)
+        with _into_place(folder) as building:
+            if of_all := [corpus / TOKENIZER for corpus in corpora if (corpus / TOKENIZER).is_file()]:
+                shutil.copyfile(of_all[0], building / TOKENIZER)
+            (building / MIXTURE).write_text(mixture.model_dump_json(indent=2) + "\n")
     return folder
 
 
 def corpus_folder(data: DataConfig, storage: Path | str) -> Path:
     """Where `prepare` puts, or has put, the corpus."""
-    return _folder(find_files(data), data, storage)
+    if data.sources is None:
+        return _folder(_recipe(data), storage)
+    return _data_folder(storage) / _mixture(data, _recipes(data)).fingerprint
 
 
-def _folder(files: list[SourceFile], data: DataConfig, storage: Path | str) -> Path:
-    return Path(storage).expanduser().absolute() / "data" / fingerprint(files, data)
-
-
-def fingerprint(files: list[SourceFile], data: DataConfig) -> str:
+def fingerprint(files: list[SourceFile], data: DataConfig, lexicon: Lexicon | None = None) -> str:
     """32 hexadecimal characters; equal for equal sources and settings, without reading any text."""
-    # A trained vocabulary may differ between versions of the library.
-    tokenizer: list[str | int] = [data.tokenizer.vocab_size, tokenizers.__version__]
-    if data.tokenizer.path is not None:
-        path = _tokenizer_path(data.tokenizer.path)
-        tokenizer = [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+    lexicon = lexicon or Lexicon(data.tokenizer, [(files, data)])
+    has_fields = any(file.kind in ("jsonl", "parquet", "arrow") for file in files)
+    is_text = files[0].kind not in TOKEN_KINDS
     facts = {
         "format_version": 1,
         "files": [[file.name, file.kind, file.num_bytes, file.mtime_ns] for file in files],
         "python": platform.python_version() if any(file.mtime_ns is None for file in files) else None,
         "max_bytes": data.max_bytes,
-        "text_field": data.text_field if any(file.kind == "jsonl" for file in files) else None,
+        "text_field": data.text_field if has_fields else None,
         "document_token": data.document_token if files[0].kind == "nanogpt" else None,
-        "tokenizer": tokenizer if data.tokenizer.path or files[0].kind != "nanogpt" else None,
+        "tokenizer": lexicon.identity if data.tokenizer.path or is_text else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _tokenizer_path(path: str) -> Path:
-    found = Path(path).expanduser().absolute()
-    if not found.is_file():
-        raise DataError(f"data.tokenizer.path: no file {found}; correct the path", path=str(found))
-    return found
+def _recipe(data: DataConfig) -> _Recipe:
+    files = find_files(data)
+    return _Recipe(files, data, Lexicon(data.tokenizer, [(files, data)]))
 
 
-def _check_tokenizer(data: DataConfig, files: list[SourceFile], vocab_size: int) -> None:
+def _recipes(data: DataConfig) -> dict[str, _Recipe]:
+    """Of each source, in order of their names; one tokenizer for all."""
+    files: dict[str, list[SourceFile]] = {}
+    for name, part in data.parts.items():
+        with _about(name):
+            files[name] = find_files(part)
+    texts = [name for name, found in files.items() if found[0].kind not in TOKEN_KINDS]
+    if texts and len(texts) < len(files) and data.tokenizer.path is None:
+        tokens = next(name for name in files if name not in texts)
+        raise DataError(
+            f"data.sources mixes tokens ({tokens}) with text ({texts[0]}), which a tokenizer of its own would cut: "
+            "set data.tokenizer.path to the one that the tokens were made with"
+        )
+    lexicon = Lexicon(data.tokenizer, [(files[name], data.parts[name]) for name in texts])
+    return {name: _Recipe(found, data.parts[name], lexicon) for name, found in files.items()}
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Which source of a mixture an error is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"source {name}: {error.message}", **error.data) from error
+
+
+def _mixture(data: DataConfig, recipes: dict[str, _Recipe]) -> MixtureManifest:
+    assert data.sources is not None
+    weights = {name: data.sources[name].weight for name in recipes}
+    return MixtureManifest.of(
+        {name: (weights[name], fingerprint(r.files, r.data, r.lexicon)) for name, r in recipes.items()}
+    )
+
+
+def _take_known_tokenizer(recipe: _Recipe, storage: Path | str) -> None:
+    """One trained for the same texts need not be trained again for one that is missing."""
+    known = _folder(recipe, storage) / TOKENIZER
+    if not recipe.is_tokens and recipe.lexicon.path is None and known.is_file():
+        recipe.lexicon.take(known)
+
+
+def _data_folder(storage: Path | str) -> Path:
+    return Path(storage).expanduser().absolute() / "data"
+
+
+def _folder(recipe: _Recipe, storage: Path | str) -> Path:
+    return _data_folder(storage) / fingerprint(recipe.files, recipe.data, recipe.lexicon)
+
+
+def _prepare_one(recipe: _Recipe, storage: Path | str, vocab_size: int, progress: Progress) -> Path:
+    folder = _folder(recipe, storage)
+    if not folder.exists():
+        _check_tokenizer(recipe, vocab_size)
+        _build(recipe, folder, progress)
+    TokenCorpus.open(folder).check_vocabulary(vocab_size)
+    return folder
+
+
+def _check_tokenizer(recipe: _Recipe, vocab_size: int) -> None:
     """Refuse, before the work, a vocabulary that the model cannot embed."""
-    wanted, key = data.tokenizer.vocab_size, "data.tokenizer.vocab_size"
-    if data.tokenizer.path is not None:
-        wanted, key = load_tokenizer(_tokenizer_path(data.tokenizer.path)).get_vocab_size(), data.tokenizer.path
-    elif files[0].kind == "nanogpt":
+    if recipe.is_tokens and recipe.lexicon.path is None:
         return
+    wanted, key = recipe.lexicon.size
     if wanted > vocab_size:
         raise DataError(
             f"the tokenizer ({key}) has {wanted} tokens, more than model.vocab_size={vocab_size}; "
@@ -102,18 +190,24 @@ def _check_tokenizer(data: DataConfig, files: list[SourceFile], vocab_size: int)
         )
 
 
-def _build(files: list[SourceFile], data: DataConfig, folder: Path, progress: Progress) -> None:
-    with _sibling(folder) as building:
-        if files[0].kind == "nanogpt":
-            _copy_tokens(files, data, building, folder.name, progress)
+def _build(recipe: _Recipe, folder: Path, progress: Progress) -> None:
+    with _into_place(folder) as building:
+        if recipe.is_tokens:
+            _take_tokens(recipe, building, folder.name, progress)
         else:
             with all_cores():
-                _tokenize(files, data, building, folder.name, progress)
+                _tokenize(recipe, building, folder.name, progress)
+
+
+@contextmanager
+def _into_place(folder: Path) -> Iterator[Path]:
+    """A folder that becomes `folder` when it is whole, unless another preparer was first: that has the same in it."""
+    with _sibling(folder) as building:
+        yield building
         try:
             building.rename(folder)
         except OSError:
-            # Another preparer was first: its folder holds the same tokens.
-            if not (folder / MANIFEST).is_file():
+            if not any((folder / name).is_file() for name in (MANIFEST, MIXTURE)):
                 raise
 
 
@@ -140,19 +234,15 @@ def _sibling(folder: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _tokenize(files: list[SourceFile], data: DataConfig, building: Path, name: str, progress: Progress) -> None:
-    total = sum(file.num_bytes for file in files)
-    total = min(total, data.max_bytes or total)
-    if data.tokenizer.path is not None:
-        tokenizer = load_tokenizer(_tokenizer_path(data.tokenizer.path))
-    else:
-        progress("training the tokenizer", 0, total)
-        tokenizer = train_tokenizer(sample(read_pieces(files, data), total), data.tokenizer.vocab_size)
+def _tokenize(recipe: _Recipe, building: Path, name: str, progress: Progress) -> None:
+    files, data = recipe.files, recipe.data
+    tokenizer = recipe.lexicon.tokenizer(lambda total: progress("training the tokenizer", 0, total))
     tokenizer.save(str(building / TOKENIZER))
     # "<|endoftext|>" inside a document is text, not a boundary.
     tokenizer.encode_special_tokens = True
     end = end_of_text_id(tokenizer)
     vocab_size = tokenizer.get_vocab_size()
+    total = text_bytes(files, data)
     done = 0
     with TokenWriter(building, "uint16" if vocab_size <= 1 << 16 else "uint32") as writer:
         for batch in _batches(read_pieces(files, data)):
@@ -186,24 +276,45 @@ def _encode(tokenizer: Tokenizer, batch: list[Piece], end: int | None, writer: T
             writer.add(np.array([end]))
 
 
-def _copy_tokens(files: list[SourceFile], data: DataConfig, building: Path, name: str, progress: Progress) -> None:
-    """nanoGPT files: the tokens as they are. A document starts with each file and after each `document_token`."""
-    if data.tokenizer.path is not None:
-        load_tokenizer(_tokenizer_path(data.tokenizer.path)).save(str(building / TOKENIZER))
-    total = min(sum(file.num_bytes for file in files), data.max_bytes or (1 << 62)) // 2
-    left = total
-    with TokenWriter(building, "uint16") as writer:
-        for file in files:
-            if not left or not file.num_bytes:
-                continue
-            tokens = np.memmap(file.path, dtype="<u2", mode="r")[:left]
-            writer.start_document()
-            for first in range(0, len(tokens), BLOCK_TOKENS):
-                writer.add(tokens[first : first + BLOCK_TOKENS], document_token=data.document_token)
-                progress("copying tokens", 2 * writer.num_tokens, 2 * total)
-            left -= len(tokens)
-    facts = {"vocab_size": writer.largest + 1, "text_bytes": None, "end_of_text": data.document_token}
-    _write_manifest(building, name, writer, files, data, **facts)
+def _take_tokens(recipe: _Recipe, building: Path, name: str, progress: Progress) -> None:
+    """Tokens as they are. One file stays where it is and is read once, to know what is in it; several, or the beginning
+    of one, are copied into one."""
+    data = recipe.data
+    if recipe.lexicon.path is not None:
+        recipe.lexicon.given().save(str(building / TOKENIZER))
+    opened = [found for found in map(open_tokens, recipe.files) if len(found.tokens)]
+    in_place = opened[0] if len(opened) == 1 and data.max_bytes is None else None
+    dtype: Any = "uint32" if any(found.tokens.dtype.itemsize > 2 for found in opened) else "uint16"
+    if in_place is not None:
+        dtype = in_place.tokens.dtype.name
+    num_bytes = sum(found.tokens.nbytes for found in opened)
+    total = left = min(num_bytes, data.max_bytes or num_bytes)
+    what, done = ("reading tokens" if in_place else "copying tokens"), 0
+    with TokenWriter(building, dtype, in_place.path if in_place else None) as writer:
+        for found in opened:
+            tokens = found.tokens[: left // found.tokens.dtype.itemsize]
+            for block in _add_blocks(writer, found, tokens, data.document_token):
+                done += block
+                progress(what, done, total)
+            left -= tokens.nbytes
+    ends = data.document_token if recipe.files[0].kind == "nanogpt" else None
+    facts = {"vocab_size": writer.largest + 1, "text_bytes": None, "end_of_text": ends}
+    _write_manifest(building, name, writer, recipe.files, data, **facts)
+
+
+def _add_blocks(writer: TokenWriter, found: TokenFile, tokens: Any, document_token: int | None) -> Iterator[int]:
+    """Hand tokens over by the block; sizes of the blocks in bytes. Where the file does not say where documents start,
+    one starts with it and after each `document_token`."""
+    if found.starts is None:
+        writer.start_document()
+    for first in range(0, len(tokens), BLOCK_TOKENS):
+        block = tokens[first : first + BLOCK_TOKENS]
+        if found.starts is None:
+            writer.add(block, document_token=document_token)
+        else:
+            bounds = np.searchsorted(found.starts, [first, first + len(block)])
+            writer.add(block, document_starts=found.starts[bounds[0] : bounds[1]] - first)
+        yield block.nbytes
 
 
 def _write_manifest(
@@ -220,6 +331,7 @@ def _write_manifest(
         {
             "fingerprint": name,
             "dtype": writer.dtype,
+            "tokens": writer.tokens_name,
             "num_tokens": writer.num_tokens,
             "num_documents": writer.num_documents,
             "largest_token": writer.largest,

@@ -7,6 +7,7 @@ loses or gains ranks reads on where it was; the only state is the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -14,7 +15,15 @@ from concertina.data.permutation import Indices, mix, permute
 from concertina.errors import DataError
 from concertina.layout.box import cut
 
-__all__ = ["GlobalSampler", "share"]
+__all__ = ["GlobalSampler", "Sampler", "share"]
+
+
+class Sampler(Protocol):
+    """Who knows the sequences of every step."""
+
+    def batch(self, step: int) -> list[int]:
+        """Ids of `step` (from 0), in order."""
+        ...
 
 
 class GlobalSampler:
@@ -38,14 +47,18 @@ class GlobalSampler:
     def batch(self, step: int) -> list[int]:
         """The `global_batch_size` sequence ids of `step` (from 0), in order."""
         first = step * self.global_batch_size
-        stop = first + self.global_batch_size
+        return self.draw(first, self.global_batch_size).tolist()
+
+    def draw(self, first: int, count: int) -> Indices:
+        """Ids of the sequences number `first` to `first + count` of the run, from 0."""
+        stop = first + count
         parts = []
         while first < stop:
             epoch, position = divmod(first, self.num_sequences)
             count = min(stop - first, self.num_sequences - position)
             parts.append(self._of_epoch(epoch, np.arange(position, position + count, dtype=np.int64)))
             first += count
-        return [int(i) for i in np.concatenate(parts)]
+        return np.concatenate(parts)
 
     def epoch(self, step: int) -> float:
         """How many times the corpus has been read when `step` begins."""

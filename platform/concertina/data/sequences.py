@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,33 @@ from concertina.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED_TARGET", "SequenceView", "Split", "split_windows"]
+__all__ = ["IGNORED_TARGET", "SequenceView", "Sequences", "Split", "split_windows"]
 
 IGNORED_TARGET = -100
 # Enough blocks to see the whole corpus, each long enough (64 * 256 tokens are some 60 KB of source) that few
 # files lie on an edge.
 LEAST_BLOCKS, MOST_WINDOWS_OF_A_BLOCK = 16, 64
 
-Tokens = npt.NDArray[np.unsignedinteger]
+Tokens = npt.NDArray[np.integer]
 Positions = npt.NDArray[np.int64]
+
+
+class Sequences(Protocol):
+    """The sequences of one split, by ids from 0."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens_BS, targets_BS) of some of them."""
+        ...
+
+    def document_starts(self, index: int) -> list[int]:
+        """Positions in [0, S] of one of them at which a document starts."""
+        ...
+
+    def starts(self, ids: Sequence[int]) -> torch.Tensor:
+        """starts_BS: where the document of each position starts."""
+        ...
 
 
 class HeldOut(NamedTuple):
@@ -120,10 +138,10 @@ class SequenceView:
 
 
 class Split(NamedTuple):
-    """Both views of one corpus."""
+    """Both views of one corpus, or of one mixture."""
 
-    train: SequenceView
-    validation: SequenceView
+    train: Sequences
+    validation: Sequences
 
 
 def split_windows(tokens: Tokens, documents: Positions, length: int, validation_fraction: float) -> Split:

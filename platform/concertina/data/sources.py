@@ -17,10 +17,23 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from concertina.config.schema import DataConfig
+from concertina.config import DataConfig
+from concertina.data.hub import PREFIX, dataset_files
+from concertina.data.tables import TableKind, column_bytes, read_column, saved_files
+from concertina.data.token_files import TokenFile, megatron_pair, open_megatron, open_nanogpt
 from concertina.errors import DataError
 
-__all__ = ["STDLIB", "Piece", "SourceFile", "find_files", "read_pieces", "standard_library"]
+__all__ = [
+    "STDLIB",
+    "TOKEN_KINDS",
+    "Piece",
+    "SourceFile",
+    "find_files",
+    "open_tokens",
+    "read_pieces",
+    "standard_library",
+    "text_bytes",
+]
 
 STDLIB = "stdlib"
 PIECE_BYTES = 256 * 1024
@@ -32,12 +45,22 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
 STDLIB_SKIPPED_FILES = ("_sysconfigdata*", "_sysconfig_vars*", "sitecustomize.py", "usercustomize.py")
 LINE_END = re.compile(rb"\S\n(?=\S)")
 
-Kind = Literal["text", "jsonl", "nanogpt"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "nanogpt", "megatron"]
+BY_ENDING: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".bin": "nanogpt",
+    ".idx": "megatron",
+}
+TOKEN_KINDS = frozenset({"nanogpt", "megatron"})
+"""Those that hold tokens and no text."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file. `name` is what identifies it: its path, or for the standard library its path inside."""
+    """One input file. `name` is what identifies it: its path, or for the standard library its path inside. Of a pair of
+    Megatron's it is the `.bin`; bytes and modification time are those of both."""
 
     path: Path
     name: str
@@ -63,12 +86,12 @@ def find_files(data: DataConfig) -> list[SourceFile]:
     """
     named = (data.source,) if isinstance(data.source, str) else data.source
     files = [file for source in named for file in _files_of(source, data)]
-    kinds = {file.kind for file in files}
-    if "nanogpt" in kinds and len(kinds) > 1:
-        one = {file.kind: str(file.path) for file in files}
+    tokens = [file for file in files if file.kind in TOKEN_KINDS]
+    texts = [file for file in files if file.kind not in TOKEN_KINDS]
+    if tokens and texts:
         raise DataError(
-            f"data.source mixes token files ({one.pop('nanogpt')}) with text ({one.popitem()[1]}): "
-            f"name only one of the two kinds",
+            f"data.source mixes token files ({tokens[-1].path}) with text ({texts[-1].path}): "
+            f"name only one of the two kinds, or make them two of data.sources",
         )
     if not sum(file.num_bytes for file in files):
         raise DataError(
@@ -82,7 +105,7 @@ def read_pieces(files: list[SourceFile], data: DataConfig) -> Iterator[Piece]:
     """The text of all documents in order, `data.max_bytes` of it at most; documents without text are left out."""
     left = sys.maxsize if data.max_bytes is None else data.max_bytes
     for file in files:
-        for piece in _json_lines(file.path, data) if file.kind == "jsonl" else _text(file.path):
+        for piece in _pieces_of(file, data):
             if piece.num_bytes >= left:
                 if text := piece.text.encode()[:left].decode(errors="ignore"):
                     yield Piece(text, len(text.encode()), piece.starts_document, ends_document=True)
@@ -91,37 +114,79 @@ def read_pieces(files: list[SourceFile], data: DataConfig) -> Iterator[Piece]:
             yield piece
 
 
+def text_bytes(files: list[SourceFile], data: DataConfig) -> int:
+    """About how much text `read_pieces` gives, without reading it."""
+    total = sum(
+        column_bytes(file.path, file.kind, data.text_field) if file.kind in ("parquet", "arrow") else file.num_bytes
+        for file in files
+    )
+    return min(total, data.max_bytes or total)
+
+
+def open_tokens(file: SourceFile) -> TokenFile:
+    """Of a file that holds tokens."""
+    return open_megatron(file.path) if file.kind == "megatron" else open_nanogpt(file.path)
+
+
+def _pieces_of(file: SourceFile, data: DataConfig) -> Iterator[Piece]:
+    if file.kind == "jsonl":
+        return _json_lines(file.path, data)
+    if file.kind in ("parquet", "arrow"):
+        return _rows(file.path, file.kind, data)
+    return _text(file.path)
+
+
 def _files_of(source: str, data: DataConfig) -> list[SourceFile]:
     if source == STDLIB:
         return standard_library(Path(sysconfig.get_path("stdlib")))
+    if source.startswith(PREFIX):
+        return [_source_file(path, "arrow") for path in dataset_files(source)]
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        return [_source_file(found, data) for found in _matches(path, source, data)]
+        saved = saved_files(path) if data.format in ("auto", "arrow") else None
+        if saved is not None:
+            return [_source_file(file, "arrow") for file in saved]
+        found = [_source_file(match, _kind(match, data)) for match in _matches(path, source, data)]
+        return list(dict.fromkeys(found))  # both files of a pair may match
     if not path.is_file():
+        if data.format in ("auto", "megatron") and (pair := megatron_pair(path)) is not None:
+            return [_source_file(pair[0], "megatron")]
         parent = next(p for p in path.parents if p.is_dir())
         reason = "" if parent == path.parent else f" ({parent} is the part of the path that exists)"
         raise DataError(f"data.source: no file or folder {path}{reason}; correct the path", path=str(path))
-    return [_source_file(path, data)]
+    return [_source_file(path, _kind(path, data))]
 
 
-def _source_file(path: Path, data: DataConfig) -> SourceFile:
-    by_ending: dict[str, Kind] = {".jsonl": "jsonl", ".bin": "nanogpt"}
-    kind = by_ending.get(path.suffix, "text") if data.format == "auto" else data.format
-    status = path.stat()
-    if kind == "nanogpt" and status.st_size % 2:
+def _kind(path: Path, data: DataConfig) -> Kind:
+    if data.format != "auto":
+        return data.format
+    pair = megatron_pair(path) if path.suffix in (".bin", ".idx") else None
+    return "megatron" if pair is not None else BY_ENDING.get(path.suffix, "text")
+
+
+def _source_file(path: Path, kind: Kind) -> SourceFile:
+    if kind != "megatron":
+        if kind == "nanogpt":
+            open_nanogpt(path)
+        status = path.stat()
+        return SourceFile(path, str(path), kind, status.st_size, status.st_mtime_ns)
+    pair = megatron_pair(path)
+    if pair is None:
         raise DataError(
-            f"{path}: {status.st_size} bytes is not a whole number of uint16 tokens; "
-            f"the file is cut short or not a nanoGPT .bin: write it again, or set data.format",
+            f"{path}: a token file of Megatron's is a pair, {path.stem}.bin and {path.stem}.idx: copy both, "
+            "or set data.format",
             path=str(path),
-            num_bytes=status.st_size,
         )
-    return SourceFile(path, str(path), kind, status.st_size, status.st_mtime_ns)
+    found = [file.stat() for file in pair]
+    num_bytes, newest = sum(status.st_size for status in found), max(status.st_mtime_ns for status in found)
+    return SourceFile(pair[0], str(pair[0]), kind, num_bytes, newest)
 
 
 def _matches(folder: Path, source: str, data: DataConfig) -> list[Path]:
     patterns = data.include
-    if data.format == "nanogpt":
-        patterns = tuple(p for p in patterns if p.endswith(".bin")) or ("*.bin",)
+    ending = next((ending for ending, kind in BY_ENDING.items() if kind == data.format), ".jsonl")
+    if ending != ".jsonl":
+        patterns = tuple(p for p in patterns if p.endswith(ending)) or (f"*{ending}",)
     present = [path for path in _walk(folder) if path.is_file()]
     found = [path for path in present if any(fnmatch(path.name, p) for p in patterns)]
     if not found:
@@ -212,6 +277,12 @@ def _json_lines(path: Path, data: DataConfig) -> Iterator[Piece]:
                 text = _text_of_line(line, f"{path}:{number}", data.text_field)
                 if text:
                     yield Piece(text, _num_bytes(text, f"{path}:{number}"), True, True)
+
+
+def _rows(path: Path, kind: TableKind, data: DataConfig) -> Iterator[Piece]:
+    """One document a row."""
+    for text in read_column(path, kind, data.text_field):
+        yield Piece(text, len(text.encode()), True, True)
 
 
 def _text_of_line(line: str, where: str, field: str) -> str:

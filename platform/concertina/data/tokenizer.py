@@ -18,6 +18,7 @@ __all__ = [
     "all_cores",
     "end_of_text_id",
     "load_tokenizer",
+    "moved_token",
     "sample",
     "train_tokenizer",
 ]
@@ -65,6 +66,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def moved_token(before: Path, now: Path) -> tuple[str, int, int | None] | None:
+    """The first token (by id) that one tokenizer.json has under another id than the other, or that is gone from it:
+    (token, id before, id now). None when the second is the first, with more tokens or without."""
+    old, new = (load_tokenizer(path).get_vocab() for path in (before, now))
+    for token, number in sorted(old.items(), key=lambda entry: entry[1]):
+        if new.get(token) != number:
+            return token, number, new.get(token)
+    return None
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:

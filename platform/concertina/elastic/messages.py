@@ -108,10 +108,11 @@ class Committed(Message):
 
 @dataclass(frozen=True)
 class Evaluated(Message):
-    """Validation loss after a step. Sent by the first rank only."""
+    """Validation loss after a step, of a mixture also of each source. Sent by the first rank only."""
 
     step: int
     loss: float
+    by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from concertina.elastic.account import Account
 from concertina.track.events import Event, EventType, void_after
@@ -80,7 +81,10 @@ class Course:
         if event.type == EventType.STEP:
             return self._keep(event.step, self._step_points(event, event.step))
         if event.type == EventType.EVAL:
-            return self._keep(event.step, self._points(event, event.step, EVAL_KEYS))
+            points = self._points(event.data, event, EVAL_KEYS)
+            by_source = event.data.get("by_source") or {}
+            keys = {name: f"{EVAL_KEYS['loss']}/{name}" for name in by_source}
+            return self._keep(event.step, [*points, *self._points(by_source, event, keys)])
         return []
 
     def tokens_at(self, step: int) -> int:
@@ -91,7 +95,7 @@ class Course:
         return self.tokens
 
     def _step_points(self, event: Event, step: int) -> list[Point]:
-        points = self._points(event, step, STEP_KEYS)
+        points = self._points(event.data, event, STEP_KEYS)
         time_ms = event.ts_ns // 1_000_000
         tokens, seconds = float(event.data.get("tokens") or 0), float(event.data.get("step_s") or 0)
         if step > self.newest_step:
@@ -114,12 +118,15 @@ class Course:
         self.ledger_ms = max(time_ms, self.ledger_ms + 1)
         return [Point(key, value, self.ledger_ms, self.newest_step, is_state=True) for key, value in values.items()]
 
-    def _points(self, event: Event, step: int, keys: Mapping[str, str]) -> list[Point]:
+    def _points(self, data: Mapping[str, Any], event: Event, keys: Mapping[str, str]) -> list[Point]:
+        """Those of `data`, a part of the event's."""
         points = []
+        step = event.step
+        assert step is not None
         for name, key in keys.items():
-            if event.data.get(name) is None:
+            if data.get(name) is None:
                 continue
-            value = float(event.data[name])
+            value = float(data[name])
             if not math.isfinite(value):
                 # MLflow would plot infinity as 1.8e308 and flatten the curve; a gap and a tag say it better.
                 if len(self.nonfinite) < _MOST_NOTES:

@@ -48,7 +48,7 @@ class EventType(StrEnum):
     imbalance, applied_at_s (Unix time at its first rank), world (ranks that computed it). `step` counts optimizer steps
     done, so the first is 1."""
     EVAL = "eval"
-    """Validation: loss, tokens, seconds."""
+    """Validation: loss; of a mixture also by_source, the loss of each source by its name."""
     CHECKPOINT = "checkpoint"
     """A complete one: path (under the run's folder), bytes, tokens, layout, seconds."""
     CHECKPOINT_REMOVED = "checkpoint_removed"

@@ -1,6 +1,7 @@
 """Where does a run keep its files, and how is one made and found again?
 
-    <storage>/<run id>/  job.yaml  versions.json  data.json  events.jsonl  checkpoints/  logs/  journal.json
+    <storage>/<run id>/  job.yaml  versions.json  data.json  tokenizer.json  events.jsonl  checkpoints/  logs/
+                         journal.json
     <storage>/mlflow.db  <storage>/data/<fingerprint>/
 
 A folder with a job.yaml is a run; one whose name begins with a dot is being made.
@@ -28,6 +29,7 @@ from concertina.errors import ConcertinaError, NotFoundError, UserError
 from concertina.track.versions import versions
 
 __all__ = [
+    "TOKENIZER",
     "DataFacts",
     "RunFolder",
     "check_run_id",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 LATEST = "latest"
+TOKENIZER = "tokenizer.json"
 _ALPHABET = string.ascii_lowercase + string.digits
 _SUFFIX_CHARS = 8
 _RUN_ID = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?")
@@ -81,6 +84,11 @@ class RunFolder:
     @property
     def data_file(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """What its text was cut with, so that weights and tokenizer stay together; absent for token files without."""
+        return self.path / TOKENIZER
 
     @property
     def events_file(self) -> Path:
@@ -156,9 +164,15 @@ def check_run_id(run_id: str) -> None:
         raise UserError(f"{run_id!r} means something else in a folder of runs: choose another name")
 
 
-def create_run(storage: Path, job: Job, data: DataFacts | None = None, run_id: str | None = None) -> RunFolder:
-    """A new run's folder with the resolved job, the versions and, if given, the corpus. Without `run_id` its id is the
-    job's name and eight random characters.
+def create_run(
+    storage: Path,
+    job: Job,
+    data: DataFacts | None = None,
+    run_id: str | None = None,
+    tokenizer: Path | None = None,
+) -> RunFolder:
+    """A new run's folder with the resolved job, the versions and, if given, the corpus and a copy of the tokenizer.
+    Without `run_id` its id is the job's name and eight random characters.
 
     The folder appears complete or not at all. Raises ConcertinaError when `storage` cannot be written, UserError when
     there is something called `run_id` already.
@@ -174,6 +188,8 @@ def create_run(storage: Path, job: Job, data: DataFacts | None = None, run_id: s
         write_atomically(folder.versions_file, json.dumps(facts, indent=1) + "\n")
         if data is not None:
             folder.record_data(data)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder.tokenizer_file)
         # Last: job.yaml is what makes the folder a run.
         folder.write_job(job)
         return folder if run_id is None else _take_id(folder, run_id)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from concertina.config import Job
-from concertina.data import IGNORED_TARGET, GlobalSampler, SequenceView, share
+from concertina.data import IGNORED_TARGET, Sequences, make_sampler, parts_of, share
 from concertina.errors import CheckpointError
 from concertina.layout import Box, Layout, Seating, Shard, cut, shards
 from concertina.layout.reshard import ReshardPlan, plan_moves
@@ -71,12 +71,12 @@ class StepResult:
 class Engine:
     """One rank's computing, over whatever share of the model it has: the engine stays, shares change by generation."""
 
-    def __init__(self, job: Job, train: SequenceView, validation: SequenceView, device: torch.device) -> None:
+    def __init__(self, job: Job, train: Sequences, validation: Sequences, device: torch.device) -> None:
         self.job = job
         self.train = train
         self.validation = validation
         self.device = device
-        self.sampler = GlobalSampler(len(train), job.training.global_batch_size, job.training.seed)
+        self.sampler = make_sampler(train, job.training.global_batch_size, job.training.seed)
         self.watch = AnomalyWatch(job.training.anomaly)
         self.applied = 0
         self.tokens = 0
@@ -158,12 +158,18 @@ class Engine:
             before_vote=before_vote,
         )
 
-    def start_anew(self) -> None:
-        """Stand before the first step, whatever was done before. The share has start values; second owners get their
-        copies. Collective over the world."""
+    def start_anew(self, weights: Path | None = None) -> None:
+        """Stand before the first step, whatever was done before. The share has start values, or those that a checkpoint
+        of any layout has for `weights` and routers' biases: moments, which it may lack, begin at zero in any case.
+        Second owners get their copies. Collective over the world. Raises CheckpointError as `load` does."""
+        if weights is not None:
+            state = self.state() | self._held_alike()
+            load_boxes(weights, {key: boxed for key, boxed in state.items() if not key.startswith("exp_avg")})
+            self.share.weights_due = True
         self._take_facts({"step": 0, "tokens": 0, "anomalies": AnomalyWatch(self.job.training.anomaly).state()})
         self.last_totals = self.last_result = None
         self.fill_seconds()
+        self._send_weights_due()
 
     def fill_seconds(self) -> TransferReport | None:
         """Give second owners their copies: after a start or a checkpoint, which fill first owners only. Collective over
@@ -307,7 +313,7 @@ class Engine:
 
     def _run(
         self,
-        view: SequenceView,
+        view: Sequences,
         pieces: Sequence[tuple[list[int], Place | None]],
         plan: Plan,
         backward: Backward | None = None,
@@ -325,7 +331,7 @@ class Engine:
         assert total is not None, "a stage has a piece, a step a micro-batch"
         return total
 
-    def _batch(self, view: SequenceView, ids: list[int], place: Place | None = None) -> Batch:
+    def _batch(self, view: Sequences, ids: list[int], place: Place | None = None) -> Batch:
         """Some sequences. A rank without any computes one whose targets are all left out: its losses and gradients are
         exactly zero, and its peers get the exchanges they wait for."""
         tokens, targets = view.read(ids or [0])
@@ -373,20 +379,36 @@ class Engine:
 
     # -- validation -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over the same held-out sequences every time. Collective over the world.
+        """Mean loss over the same held-out sequences every time, of a mixture by its weights. Collective over the
+        world."""
+        return self.weigh(self.evaluate_sources())
+
+    def weigh(self, by_source: dict[str, float]) -> float:
+        """The one loss of those of the sources."""
+        return sum(part.weight * by_source[part.name] for part in parts_of(self.validation))
+
+    @torch.no_grad()
+    def evaluate_sources(self) -> dict[str, float]:
+        """The loss of each source of a mixture, by its name; of a corpus alone, by none. Collective over the world.
 
         Dropless, whatever the capacity in training: a sequence's loss does not depend on its neighbours.
         """
-        number = min(self.job.training.eval_sequences, len(self.validation))
-        chosen = [cut(len(self.validation), number, index)[0] for index in range(number)]
+        parts, wanted = parts_of(self.validation), self.job.training.eval_sequences
+        shares = [cut(wanted, len(parts), index) for index in range(len(parts))]
+        sums = [self._evaluate(part.sequences, b - a) for part, (a, b) in zip(parts, shares, strict=True)]
+        found = all_reduce_sum(torch.cat(sums), self.groups.world).finish().view(-1, 2).tolist()
+        return {part.name: loss / tokens_seen for part, (loss, tokens_seen) in zip(parts, found, strict=True)}
+
+    def _evaluate(self, view: Sequences, wanted: int) -> Tensor:
+        """Loss and tokens, summed over this rank's part of so many held-out sequences, one at least."""
+        number = min(max(1, wanted), len(view))
+        chosen = [cut(len(view), number, index)[0] for index in range(number)]
         me = self.groups["dp"].rank
         pieces = [([chosen[n] for n in numbers[me]], None) for numbers in self._micro_batches(number)]
         plan = forward_plan(self.layout.pp, self.layout.virtual, len(pieces))
-        loss, _, _, tokens, *_ = self._run(self.validation, pieces, plan).unbind()
-        loss, tokens_seen = all_reduce_sum(torch.stack([loss, tokens]), self.groups.world).finish().tolist()
-        return loss / tokens_seen
+        loss, _, _, tokens, *_ = self._run(view, pieces, plan).unbind()
+        return torch.stack([loss, tokens])
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -222,11 +222,12 @@ class Loop:
         self.link.progress(step, "validation")
         with self.sheet.spend(Bucket.VALIDATION):
             self._commit_now()
-            loss = self.engine.evaluate()
+            by_source = self.engine.evaluate_sources()
+        evaluated = Evaluated(step, self.engine.weigh(by_source), by_source if len(by_source) > 1 else {})
         if self.first:
-            self.link.send(Evaluated(step, loss))
+            self.link.send(evaluated)
         if step in self.records:
-            self.records[step]["validation_loss"] = loss
+            self.records[step] |= {"validation_loss": evaluated.loss, "validation_by_source": evaluated.by_source}
         self.evaluated = step
         self._clock.lap()
 

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from concertina.config import Job, load_job
-from concertina.data import TokenCorpus, prepare
+from concertina.data import open_corpus, prepare
 from concertina.elastic.messages import Committed, Evaluated, Message
 from concertina.elastic.timesheet import Timesheet
 from concertina.errors import UserError
@@ -28,6 +28,7 @@ from concertina.model.host_memory import keep_freed_memory
 from concertina.parallel.groups import GroupOptions, Groups, form_groups
 from concertina.train.engine import Engine
 from concertina.train.loop import Loop
+from concertina.train.start import find_start
 
 __all__ = ["PrintingLink", "build_engine", "main"]
 
@@ -68,7 +69,7 @@ def build_engine(job: Job, corpus_folder: Path, device: torch.device) -> Engine:
     keeps what memory a step took."""
     if device.type == "cpu":
         keep_freed_memory()
-    corpus = TokenCorpus.open(corpus_folder)
+    corpus = open_corpus(corpus_folder)
     splits = corpus.sequences(job.data.sequence_length, job.data.validation_fraction)
     return Engine(job, splits.train, splits.validation, device)
 
@@ -84,8 +85,10 @@ def main() -> None:
     job = load_job(Path(arguments.job), [*arguments.overrides, f"cluster.num_workers={world}", "cluster.num_nodes=1"])
     torch.set_num_threads(job.cluster.threads_per_worker)
     layout = check_job(job)
+    start = find_start(job)
     engine = build_engine(job, prepare(job.data, Path(job.storage_path), job.model.vocab_size), torch.device("cpu"))
     engine.configure(layout, rank, _groups(layout, rank, kv_copies(job.model, layout.tp)))
+    engine.start_anew(start)
     link = PrintingLink(arguments.steps_file)
     with tempfile.TemporaryDirectory(prefix="concertina-standalone-") as folder:
         started = time.perf_counter()
