@@ -68,6 +68,7 @@ def test_a_run_that_loses_and_gains_a_member(folder: RunFolder) -> None:
     assert ["world=4" in line for line in steps] == [True, False, True]
     assert "world=3" in steps[1]
 
+
 def test_goodput_goes_on_from_the_ledger(folder: RunFolder) -> None:
     """A ledger at second 10 with nothing productive yet, one at second 40; four members, steps of 9 seconds."""
     halves = {Bucket.PRODUCTIVE: 60.0, Bucket.EXPOSED_COMMUNICATION: 20.0, Bucket.STARTING: 80.0}

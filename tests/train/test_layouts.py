@@ -19,7 +19,7 @@ from concertina.model import loss as loss_module
 from concertina.parallel.groups import Group
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, plainest, record_drops, seated_engine, tiny_job
+from tests.train.worlds import LATENT, engine_on, plainest, record_drops, seated_engine, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -95,6 +95,9 @@ def _mutate(engine: Any, mutation: str) -> None:
     elif mutation == "expert gradients divided by tp":
         for layer in engine.decoder.layers[1:]:
             layer.moe.experts.w2.register_hook(lambda grad: grad / engine.layout.tp)
+    elif mutation == "latents of this lane's tokens only":
+        for layer in engine.decoder.layers:
+            layer.attention.latents.kv_down.register_hook(lambda grad: grad * float(engine.groups["tp"].rank == 0))
     elif mutation == "balance by this lane's counts":
         gate = engine.decoder.layers[1].moe.gate
         gate.build = replace(gate.build, lanes=Lanes(Group.alone("tp")))
@@ -159,6 +162,16 @@ def test_and_in_fp32_for_one_step(degrees: Degrees) -> None:
 @pytest.mark.parametrize("degrees", [(2, 2, 1, 1), (4, 4, 1, 1), (4, 2, 2, 2)], ids=str)
 def test_lanes_that_hold_the_same_tokens(degrees: Degrees) -> None:
     check(degrees, "float64", 1e-10, layout={"sequence_parallel": False})
+
+
+@pytest.mark.parametrize("degrees", [(2, 2, 1, 1), (4, 4, 2, 1), (3, 1, 3, 1), (4, 2, 2, 2)], ids=str)
+def test_latent_attention(degrees: Degrees) -> None:
+    check(degrees, "float64", 1e-10, model=LATENT)
+
+
+@pytest.mark.parametrize("query", [24, 0])
+def test_latents_of_lanes_that_hold_the_same_tokens(query: int) -> None:
+    check((2, 2, 1, 1), "float64", 1e-10, model={**LATENT, "q_lora_rank": query}, layout={"sequence_parallel": False})
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -230,6 +243,14 @@ def test_a_mutation_is_seen(degrees: Degrees, mutation: str) -> None:
     ranks = on_ranks(gradients_of, degrees[0], odd_job(), degrees, mutation)
     error, _ = worst_error(assemble(ranks), assemble([reference]))
     assert error > 1e-6 or ranks[0]["facts"][0] != pytest.approx(reference["facts"][0], rel=1e-6)
+
+
+def test_a_mutation_of_latent_attention_is_seen() -> None:
+    mutation = "latents of this lane's tokens only"
+    ranks = on_ranks(gradients_of, 2, odd_job(model=LATENT), (2, 2, 1, 1), mutation)
+    error, where = worst_error(assemble(ranks), assemble([one_process("float64", model=LATENT)]))
+    assert error > 1e-6
+    assert where.endswith("kv_down")
 
 
 def test_seven_ranks_train_eight_experts_on_32_sequences() -> None:

@@ -12,6 +12,7 @@ from concertina.train.engine import Engine
 from tests.distributed import form, seat
 
 __all__ = [
+    "LATENT",
     "NUM_SEQUENCES",
     "Drop",
     "TinyView",
@@ -44,6 +45,20 @@ class TinyView:
         targets = text[:, 1:].clone()
         targets[(rows % 4 == 1).expand_as(targets) & (positions[1:] % 6 == 0)] = -100
         return text[:, :-1].contiguous(), targets
+
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "router_bias": True,
+}
+"""Changes to the model of `tiny_job` that make its attention latent, and its routers' biases there but unmoved."""
 
 
 def tiny_job(**changes: Any) -> Job:

@@ -20,7 +20,7 @@ from concertina.model.block import Block
 from concertina.model.loss import IGNORED, Vocabulary, cross_entropy_sum
 from concertina.model.norm import ResidualNorm
 from concertina.model.parameters import Build, Part, made
-from concertina.model.rope import rotation
+from concertina.model.rope import Rotation, rotation
 from concertina.model.router import Router, Routing
 from concertina.model.span import Place, Span
 from concertina.parallel.capacity import Capacity
@@ -144,11 +144,16 @@ class Decoder(nn.Module):
             quota = self.capacity.quota(num_sequences, length, tokens_BS.device, place.peers)
         return Span(num_sequences, length, start, stop, tokens_B, place, quota)
 
+    def rotation(self, positions_S: Tensor) -> Rotation:
+        """How far queries and keys of these positions are turned."""
+        model = self.model
+        return rotation(positions_S, model.width_of_rotation, model.rope_theta, self.build.dtype, model.rope_scaling)
+
     def hidden(self, tokens_BS: Tensor, span: Span) -> tuple[Tensor, list[Routing]]:
         """Normed output of the last layer [R, D], and the routing of each layer with experts."""
         x_RD = self.build.lanes.leave(self.embedding(tokens_BS.reshape(-1)))
         positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        turn = rotation(positions, self.model.width_of_head, self.model.rope_theta, self.build.dtype)
+        turn = self.rotation(positions)
         routings = []
         for layer in self.layers:
             x_RD, routing = layer(x_RD, span, turn)
