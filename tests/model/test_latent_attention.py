@@ -1,4 +1,4 @@
-"""Does latent attention compute what its definition says, with a value narrower than a key and one rotated key for all?"""
+"""Does latent attention compute its definition: narrower values, one rotated key for all heads, rows side by side?"""
 
 from __future__ import annotations
 

@@ -58,13 +58,12 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     config = {**_ABSENT[family], **{key: value for key, value in config.items() if value is not None}}
     _refuse(family, config)
     rope = _rope(config)
-    given = {key: config[key] for key in _SAME if key in config}
+    features = _latent_features(config) if family == "deepseek_v3" else _plain_features(family, config)
     return ModelConfig(
-        **given,
+        **{**{key: config[key] for key in _SAME if key in config}, **features},
         rope_theta=rope.get("rope_theta", config["rope_theta"]),
         rope_scaling=_rope_scaling(rope),
         moe_intermediate_size=config[_expert_width(family)],
-        **(_latent_features(config) if family == "deepseek_v3" else _plain_features(family, config)),
     )
 
 
@@ -73,13 +72,13 @@ _SAME = (
     *("max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "clip_qkv"),
     *("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef", "shared_expert_intermediate_size"),
 )
+_BALANCE_OF_DEEPSEEK = 1e-4  # of the paper (arXiv 2412.19437, section 4.2); Hugging Face's model has no loss
 _ABSENT: dict[Family, dict[str, Any]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.001},
     "qwen2_moe": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "router_aux_loss_coef": 0.001},
     "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "router_aux_loss_coef": 0.001},
     "olmoe": {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "router_aux_loss_coef": 0.01},
-    # The balance loss of the paper (arXiv 2412.19437, section 4.2); Hugging Face's model has none.
-    "deepseek_v3": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "router_aux_loss_coef": 1e-4, "norm_topk_prob": True},
+    "deepseek_v3": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "norm_topk_prob": True},
 }
 """What a key of theirs means where it is absent and ours would mean something else."""
 
@@ -104,6 +103,7 @@ def _plain_features(family: Family, config: Mapping[str, Any]) -> dict[str, Any]
 def _latent_features(config: Mapping[str, Any]) -> dict[str, Any]:
     dense = min(config["first_k_dense_replace"], config["num_hidden_layers"])
     return {
+        "router_aux_loss_coef": config.get("aux_loss_alpha", _BALANCE_OF_DEEPSEEK),
         "num_key_value_heads": config["num_attention_heads"],
         "kv_lora_rank": config["kv_lora_rank"],
         "q_lora_rank": config.get("q_lora_rank", 0),
