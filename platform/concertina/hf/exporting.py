@@ -21,7 +21,7 @@ from concertina.hf.config_json import config_json, family_for
 from concertina.hf.draft import check_place, check_room, draft_of
 from concertina.hf.folder import INDEX, SINGLE, HuggingFaceFolder
 from concertina.hf.importing import from_folder
-from concertina.hf.oracle import Compared, compare
+from concertina.hf.oracle import MOST_PARAMETERS, Compared, compare
 from concertina.hf.passage import Passage, Tensors, agree, pass_through
 from concertina.hf.weights import check_model, from_checkpoint
 from concertina.model.families import Family, Piece, family_of, model_config, pieces
@@ -52,11 +52,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Wish:
-    """What may be asked of an export; absent: the first family that says the model, the precision of the training."""
+    """What may be asked of an export; absent: the first family that says the model, the precision of the training. A
+    model of more than `most_compared` parameters is not compared with transformers."""
 
     family: Family | None = None
     dtype: Precision | None = None
     shard_bytes: int = SHARD_BYTES
+    most_compared: int = MOST_PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def export_checkpoint(
         written = _write_weights(origin, _DTYPES[dtype], table, files, draft)
         on_written(draft)
         logits = _verify(draft, written, _computing(_DTYPES[dtype]), str(out))
-        compared = compare(draft, model, logits)
+        compared = compare(draft, model, logits, wish.most_compared)
     return Exported(out, family, dtype, len(table), tuple(files), num_bytes, tokenizer, compared)
 
 
@@ -133,7 +135,7 @@ def _write_companions(origin: Origin, manifest: Manifest, family: Family, dtype:
     tokens = special_tokens(origin.companions)
     write_json(draft / "config.json", config_json(family, origin.model, dtype, tokens))
     generation_config(origin.companions, draft, tokens)
-    layout = manifest.facts.get("layout", {})
+    layout = manifest.facts.get("layout", {}) if manifest.step else {}
     degrees = " ".join(f"{axis}={degree}" for axis, degree in layout.items()) or None
     facts = {"family": family, "dtype": dtype, "step": manifest.step, "tokens": manifest.facts.get("tokens")}
     card = model_card(origin.name, origin.model, {**facts, "layout it was trained on": degrees, **origin.facts})

@@ -88,10 +88,10 @@ class HuggingFaceFolder:
         """Whether experts are stacked, as in transformers' memory, rather than one by one."""
         return any(name.endswith(".experts.gate_up_proj") for name in self.tensors)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The one that holds all of its tensors exactly. Raises ConfigError for quantized ones."""
-        names = {stored.dtype for stored in self.tensors.values()}
+    def dtype(self, table: Iterable[Piece]) -> torch.dtype:
+        """The one that holds the table's tensors exactly, but for those that are wide in any case: float64, bfloat16,
+        or else float32. Raises ConfigError for quantized ones."""
+        names = {self.tensors[piece.theirs].dtype for piece in table if not piece.wide}
         unknown = sorted(names - _DTYPES.keys())
         if unknown:
             raise ConfigError(f"{self.path}: tensors of {', '.join(unknown)} are not supported: dequantize them first")

@@ -22,7 +22,7 @@ from concertina.config.yaml12 import dump
 from concertina.hf.companions import COMPANIONS, TOKENIZER
 from concertina.hf.draft import check_place, check_room, draft_of
 from concertina.hf.folder import HuggingFaceFolder
-from concertina.hf.oracle import Compared, compare
+from concertina.hf.oracle import MOST_PARAMETERS, Compared, compare
 from concertina.hf.passage import Fill, Tensors, agree, pass_through
 from concertina.hf.weights import from_checkpoint, key_of, shapes_of
 from concertina.layout import Layout
@@ -53,8 +53,14 @@ class Imported:
     compared: Compared
 
 
-def import_folder(source: Path, target: Path, on_written: Callable[[Path], None] = lambda _: None) -> Imported:
-    """Make the checkpoint `target` of the model in `source`. `on_written` is called before what was written is read.
+def import_folder(
+    source: Path,
+    target: Path,
+    on_written: Callable[[Path], None] = lambda _: None,
+    most_compared: int = MOST_PARAMETERS,
+) -> Imported:
+    """Make the checkpoint `target` of the model in `source`. `on_written` is called before what was written is read;
+    a model of more than `most_compared` parameters is not compared with transformers.
 
     Raises NotFoundError, ConfigError for what is not supported, UserError when there is something already, and
     CheckpointError when a folder is not whole or what was written is not what is read.
@@ -64,7 +70,7 @@ def import_folder(source: Path, target: Path, on_written: Callable[[Path], None]
     family, model = family_of(folder.config), model_config(folder.config)
     table, ignored = list(pieces(family, model, folder.fused)), _left_out(family, model)
     folder.check(table, ignored)
-    precision = _PRECISIONS[folder.dtype]
+    precision = _PRECISIONS[folder.dtype(table)]
     master = torch.float64 if precision == "float64" else torch.float32
     shapes = shapes_of(model)
     check_room(target, sum(map(prod, shapes.values())) * master.itemsize)
@@ -81,7 +87,7 @@ def import_folder(source: Path, target: Path, on_written: Callable[[Path], None]
         (made,) = root.iterdir()
         on_written(made)
         agree(passed, pass_through(model, master, from_checkpoint(made)), str(target))
-        compared = compare(source, model, passed.logits)
+        compared = compare(source, model, passed.logits, most_compared)
         _add_companions(source, made, target, model, precision)
         for path in made.iterdir():
             path.rename(root / path.name)

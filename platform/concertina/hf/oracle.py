@@ -6,7 +6,6 @@ bits, and rounding can send a token to another expert where two are nearly equal
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,16 @@ Compared = str | None
 """What it was compared with; None: with nobody."""
 
 
-def compare(folder: Path, model: ModelConfig, logits_BSV: Tensor) -> Compared:
-    """Compare our logits of a folder of theirs with those of transformers. Raises CheckpointError where it finds other
-    tensors than it wants, or says something else."""
-    if count_parameters(model).total > MOST_PARAMETERS or importlib.util.find_spec("transformers") is None:
+def compare(folder: Path, model: ModelConfig, logits_BSV: Tensor, most_parameters: int = MOST_PARAMETERS) -> Compared:
+    """Compare our logits of a folder of theirs with those of transformers, of models up to so many parameters. Raises
+    CheckpointError where it finds other tensors than it wants, or says something else."""
+    if count_parameters(model).total > most_parameters:
         return None
-    import transformers
-
     try:
+        import transformers
+
         theirs, found = _load(transformers, folder)
-    except (ImportError, ValueError):  # a version that does not know the family: nothing to compare with
+    except (ImportError, ValueError):  # it is not there, or does not know the family
         return None
     wrong = {kind: sorted(names) for kind, names in found.items() if names}
     if wrong:
@@ -57,7 +56,7 @@ def compare(folder: Path, model: ModelConfig, logits_BSV: Tensor) -> Compared:
 
 def _load(transformers: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Their model in fp32, and the names of tensors that are missing, surplus or of another shape."""
-    shown = transformers.logging.get_verbosity()
+    shown, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -72,4 +71,6 @@ def _load(transformers: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
             )
     finally:
         transformers.logging.set_verbosity(shown)
+        if bars:
+            transformers.logging.enable_progress_bar()
     return theirs.eval(), {kind: found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

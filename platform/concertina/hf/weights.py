@@ -16,7 +16,7 @@ from concertina.state.manifest import Manifest
 
 __all__ = ["check_model", "from_checkpoint", "is_bias", "key_of", "shapes_of"]
 
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 16
 
 
 def is_bias(name: str) -> bool:
