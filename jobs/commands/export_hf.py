@@ -132,9 +132,12 @@ def _facts(run: RunFolder, checkpoint: Path) -> dict[str, Any]:
     from concertina.track.summary import summarize
 
     progress, step, data = summarize(run).progress, read_manifest(checkpoint).step, run.data_facts()
-    return {
-        "run": run.run_id,
+    losses = {
         "training loss": progress.train_loss if progress.steps == step else None,
         "validation loss": dict(progress.evaluations).get(step),
+    }
+    return {
+        "run": run.run_id,
+        **{kind: f"{loss:.4f}" for kind, loss in losses.items() if loss is not None},
         "corpus": None if data is None else f"{data.name} ({data.fingerprint})",
     }

@@ -99,6 +99,12 @@ def test_another_dtype_rounds_weights_and_no_bias(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_float64_holds_the_same_numbers(tmp_path: Path) -> None:
+    export("olmoe", tmp_path / "out", Wish(dtype="float64"))
+    ours, theirs = tensors_in(tmp_path / "out"), tensors_in(source("olmoe"))
+    assert all(torch.equal(ours[name], tensor.to(torch.float64)) for name, tensor in theirs.items())
+
+
 def test_files_are_as_large_as_asked_and_the_index_knows_them(tmp_path: Path) -> None:
     done = export("mixtral", tmp_path / "out", Wish(shard_bytes=20_000, most_compared=0))
     index = json.loads((tmp_path / "out" / INDEX).read_text())

@@ -102,7 +102,9 @@ def test_layers_that_predict_a_token_more_are_left_out_and_named(tmp_path: Path)
     tensors = tensors_in(folder)
     extra = {f"model.layers.2.{name}": torch.ones(3) for name in ("eh_proj.weight", "enorm.weight")}
     save_file({**tensors, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert import_folder(folder, tmp_path / "imported", most_compared=0).left_out == tuple(extra)
+    done = import_folder(folder, tmp_path / "imported")
+    assert done.left_out == tuple(extra)
+    assert done.compared, "transformers leaves them out as well"
     save_file({**tensors, "model.layers.3.x": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 tensors are none of the model's"):
         import_folder(folder, tmp_path / "other")
@@ -169,6 +171,13 @@ def test_weights_of_bfloat16_become_fp32_masters(tmp_path: Path) -> None:
     import_folder(source("qwen2", torch.bfloat16), tmp_path / "imported")
     assert read_manifest(tmp_path / "imported").facts["precision"] == "bfloat16"
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "imported").values()} == {torch.float32}
+
+
+def test_weights_of_float64_stay(tmp_path: Path) -> None:
+    done = import_folder(source("deepseek", torch.float64), tmp_path / "imported")
+    assert done.compared
+    assert read_manifest(tmp_path / "imported").facts["precision"] == "float64"
+    assert {tensor.dtype for tensor in tensors_in(tmp_path / "imported").values()} == {torch.float64}
 
 
 def layered(tmp_path: Path, layers: int) -> Path:

@@ -26,7 +26,7 @@ def test_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert code_of("import", "hf", str(source("qwen2")), str(target)) == 0
     said, beside = capsys.readouterr()
     assert beside.endswith("written; reading it back\n")
-    assert f"{target}: a qwen2_moe, 43.8 k parameters, " in said
+    assert f"{target}: a qwen2_moe, 39.0 k parameters, 29.8 k active" in said
     assert "55 tensors, shapes, every weight, logits; transformers 5.23.0 says the same" in said
     assert f"{target}/model.yaml, to `extends` in a job file" in said
     assert f"concertina export hf {target} OUT_DIR" in said

@@ -272,5 +272,6 @@ def test_every_layout_of_a_world(world: int) -> None:
         for priority in ("position", "probability"):
             rule = {"factor": 0.8, "group_sequences": 1, "priority": priority}
             check(degrees, "float64", 1e-10, model__capacity=rule)
+        check(degrees, "float64", 1e-10, model=LATENT)
         if degrees[1] > 1:
             check(degrees, "float64", 1e-10, layout={"sequence_parallel": False})

@@ -87,12 +87,12 @@ def import_folder(
         (made,) = root.iterdir()
         on_written(made)
         agree(passed, pass_through(model, master, from_checkpoint(made)), str(target))
-        compared = compare(source, model, passed.logits, most_compared)
+        surplus = tuple(sorted(folder.tensors.keys() - {piece.theirs for piece in table}))
+        compared = compare(source, model, passed.logits, most_compared, surplus)
         _add_companions(source, made, target, model, precision)
         for path in made.iterdir():
             path.rename(root / path.name)
         made.rmdir()
-    surplus = tuple(sorted(folder.tensors.keys() - {piece.theirs for piece in table}))
     return Imported(target, family, model, len(table), surplus, compared)
 
 

@@ -7,6 +7,7 @@ bits, and rounding can send a token to another expert where two are nearly equal
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,16 @@ Compared = str | None
 """What it was compared with; None: with nobody."""
 
 
-def compare(folder: Path, model: ModelConfig, logits_BSV: Tensor, most_parameters: int = MOST_PARAMETERS) -> Compared:
+def compare(
+    folder: Path,
+    model: ModelConfig,
+    logits_BSV: Tensor,
+    most_parameters: int = MOST_PARAMETERS,
+    left_out: Collection[str] = (),
+) -> Compared:
     """Compare our logits of a folder of theirs with those of transformers, of models up to so many parameters. Raises
-    CheckpointError where it finds other tensors than it wants, or says something else."""
+    CheckpointError where it finds other tensors than it wants, but for those that we leave out too, or says something
+    else."""
     if count_parameters(model).total > most_parameters:
         return None
     try:
@@ -38,7 +46,7 @@ def compare(folder: Path, model: ModelConfig, logits_BSV: Tensor, most_parameter
         theirs, found = _load(transformers, folder)
     except (ImportError, ValueError):  # it is not there, or does not know the family
         return None
-    wrong = {kind: sorted(names) for kind, names in found.items() if names}
+    wrong = {kind: sorted(names - set(left_out)) for kind, names in found.items() if names - set(left_out)}
     if wrong:
         raise CheckpointError(f"{folder}: transformers {transformers.__version__} finds {wrong}", **wrong)
     tokens_BS = tokens_for(model)
@@ -54,7 +62,7 @@ def compare(folder: Path, model: ModelConfig, logits_BSV: Tensor, most_parameter
     return f"transformers {transformers.__version__}"
 
 
-def _load(transformers: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+def _load(transformers: Any, folder: Path) -> tuple[Any, dict[str, set[str]]]:
     """Their model in fp32, and the names of tensors that are missing, surplus or of another shape."""
     shown, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -73,4 +81,6 @@ def _load(transformers: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
         transformers.logging.set_verbosity(shown)
         if bars:
             transformers.logging.enable_progress_bar()
-    return theirs.eval(), {kind: found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    return theirs.eval(), {
+        kind: {str(name) for name in found[kind]} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
