@@ -27,7 +27,8 @@ def attend_unequal(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor, scale: float
     """Causal attention of queries and keys that are rotated already, where values have another width:
     [B, S, N, G, V]."""
     query, key, value = q_BSNGC.flatten(2, 3).transpose(1, 2), k_BSNC.transpose(1, 2), v_BSNV.transpose(1, 2)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    shared = q_BSNGC.shape[3] > 1  # on a GPU no kernel but the slow one takes both: groups, and widths that differ
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
     return out.transpose(1, 2).unflatten(2, q_BSNGC.shape[2:4])
 
 
