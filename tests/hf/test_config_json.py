@@ -112,6 +112,8 @@ def test_a_model_of_no_family_is_refused_by_all() -> None:
         ({"topk_method": "greedy"}, "topk_method=greedy"),
         ({"kv_lora_rank": None}, "without kv_lora_rank"),
         ({"attention_bias": True}, "attention_bias=true"),
+        ({"hidden_size": "wide"}, "config.json of a deepseek_v3: hidden_size: Input should be a valid integer"),
+        ({"n_group": 3}, "config.json of a deepseek_v3: Value error, n_group=3 must divide num_experts=8"),
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], said: str) -> None:

@@ -1,7 +1,10 @@
-"""How does a folder appear whole or not at all? It grows beside its place under another name, and is renamed."""
+"""How does a folder appear whole or not at all? It grows beside its place under another name, and is renamed when all
+of it is on storage.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +39,17 @@ def draft_of(target: Path) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
         draft.rename(target.resolve())
+        _sync(target.resolve().parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from concertina.config import ModelConfig, RopeScalingConfig
@@ -59,12 +60,17 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     _refuse(family, config)
     rope = _rope(config)
     features = _latent_features(config) if family == "deepseek_v3" else _plain_features(family, config)
-    return ModelConfig(
-        **{**{key: config[key] for key in _SAME if key in config}, **features},
-        rope_theta=rope.get("rope_theta", config["rope_theta"]),
-        rope_scaling=_rope_scaling(rope),
-        moe_intermediate_size=config[_expert_width(family)],
-    )
+    try:
+        return ModelConfig(
+            **{**{key: config[key] for key in _SAME if key in config}, **features},
+            rope_theta=rope.get("rope_theta", config["rope_theta"]),
+            rope_scaling=_rope_scaling(rope),
+            moe_intermediate_size=config[_expert_width(family)],
+        )
+    except ValidationError as error:
+        found = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+        lines = "; ".join(f"{key}: {text}" if key else text for key, text in found)
+        raise ConfigError(f"config.json of a {family}: {lines}", family=family) from None
 
 
 _SAME = (
