@@ -74,13 +74,11 @@ def test_it_is_the_definition() -> None:
 def test_values_may_be_wider_than_keys_too() -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(*shape, generator=generator) for shape in ((1, 5, 2, 3, 4), (1, 5, 2, 4), (1, 5, 2, 9)))
-    out = attend_unequal(q, k, v, 0.5)
+    out = attend_unequal(q, k, v)
     assert out.shape == (1, 5, 2, 3, 9)
     for head in range(3):
         torch.testing.assert_close(out[:, 0, :, head], v[:, 0])
-        torch.testing.assert_close(
-            out[:, :, :, head : head + 1], attend_unequal(q[:, :, :, head : head + 1], k, v, 0.5)
-        )
+        torch.testing.assert_close(out[:, :, :, head : head + 1], attend_unequal(q[:, :, :, head : head + 1], k, v))
 
 
 def test_pairs_side_by_side_are_the_halves_of_permuted_rows() -> None:

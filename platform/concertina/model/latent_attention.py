@@ -23,12 +23,12 @@ __all__ = ["LatentAttention", "attend_unequal"]
 _EPSILON = 1e-6  # of the latents' norms: what DeepSeek's and Hugging Face's code has, whatever rms_norm_eps
 
 
-def attend_unequal(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor, scale: float) -> Tensor:
+def attend_unequal(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor) -> Tensor:
     """Causal attention of queries and keys that are rotated already, where values have another width:
     [B, S, N, G, V]."""
     query, key, value = q_BSNGC.flatten(2, 3).transpose(1, 2), k_BSNC.transpose(1, 2), v_BSNV.transpose(1, 2)
     shared = q_BSNGC.shape[3] > 1  # on a GPU no kernel but the slow one takes both: groups, and widths that differ
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
     return out.transpose(1, 2).unflatten(2, q_BSNGC.shape[2:4])
 
 
@@ -77,8 +77,7 @@ class LatentAttention(Part):
         self.latents = Latents(build, prefix)
         for name in ("q", "kv_up", "output"):
             self._make(name)
-        sharpened = growth(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim)
-        self.scale = model.width_of_head**-0.5 * sharpened * sharpened
+        self.sharpening = growth(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
 
     def enter(self, x_RD: Tensor, num_tokens: int) -> Tensor:
         """The latents of all `num_tokens` tokens of the lanes, for `forward`: [T, Q + L + O]."""
@@ -99,9 +98,10 @@ class LatentAttention(Part):
             q_turning, k_turning = side_by_side(q_turning), side_by_side(k_turning)
         k_turned = rotate(k_turning, turn).expand(-1, -1, k_plain.shape[2], -1)
         q = torch.cat([q_plain, rotate(q_turning, turn)], -1)
+        q = q if self.sharpening == 1 else q * self.sharpening
         return q.unsqueeze(3), torch.cat([k_plain, k_turned], -1), v
 
     def forward(self, entered_T: Tensor, num_sequences: int, turn: Rotation) -> Tensor:
         """[T, D], to be summed over the lanes of tp."""
-        out = attend_unequal(*self.heads(entered_T, num_sequences, turn), self.scale)
+        out = attend_unequal(*self.heads(entered_T, num_sequences, turn))
         return linear(out.reshape(-1, self.output[0].numel()), self.output.flatten(1))
