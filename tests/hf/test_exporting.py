@@ -6,7 +6,7 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -29,8 +29,13 @@ pytestmark = pytest.mark.unit
 
 
 @cache
+def _made(case: str, dtype: torch.dtype) -> tuple[TemporaryDirectory[str], Imported]:
+    place = TemporaryDirectory(prefix="imported-")  # gone with the process
+    return place, import_folder(source(case, dtype), Path(place.name), most_compared=0)
+
+
 def imported(case: str, dtype: torch.dtype = torch.float32) -> Imported:
-    return import_folder(source(case, dtype), Path(mkdtemp(prefix="imported-")), most_compared=0)
+    return _made(case, dtype)[1]
 
 
 def export(case: str, out: Path, wish: Wish | None = None, dtype: torch.dtype = torch.float32) -> Exported:
