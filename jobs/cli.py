@@ -24,6 +24,8 @@ COMMANDS = (
     ("train", "jobs.commands.train:train"),
     ("ckpt", "jobs.commands.ckpt:app"),
     ("runs", "jobs.commands.runs:runs"),
+    ("import", "jobs.commands.import_hf:app"),
+    ("export", "jobs.commands.export_hf:app"),
     ("chaos", "jobs.commands.chaos:chaos"),
     ("data", "jobs.commands.data:data"),
     ("doctor", "jobs.commands.doctor:doctor"),

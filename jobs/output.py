@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ __all__ = [
     "next_commands",
     "print_json",
     "print_table",
+    "said_written",
     "short_bytes",
     "short_number",
 ]
@@ -95,6 +97,11 @@ def next_commands(commands: Sequence[tuple[str, str]]) -> None:
     width = max(len(command) for command, _ in commands)
     lines = [f"  {command:<{width}}  # {what}" for command, what in commands]
     sys.stdout.write("\n".join(["", "next:", *lines]) + "\n")
+
+
+def said_written(_: Path) -> None:
+    """On stderr, that verification begins, which takes as long again."""
+    sys.stderr.write("written; reading it back\n")
 
 
 def short_number(number: int) -> str:

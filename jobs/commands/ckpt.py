@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.output import Output, OutputOption, TableOption, TableOutput, next_commands, print_json, print_table
+from jobs.which_checkpoint import find_checkpoint, find_root
 
 __all__ = ["app"]
 
@@ -30,7 +30,7 @@ def list_(run: Where = "latest", storage: Storage = "runs", output: TableOption 
     """
     from concertina.state.manifest import list_checkpoints, read_manifest
 
-    root = _root(run, storage)
+    root = find_root(run, storage)
     rows = []
     for folder in list_checkpoints(root):
         manifest = read_manifest(folder)
@@ -54,7 +54,7 @@ def inspect(checkpoint: Where, storage: Storage = "runs", output: OutputOption =
     """
     from concertina.state.manifest import read_manifest
 
-    folder = _checkpoint(checkpoint, storage)
+    folder = find_checkpoint(checkpoint, storage)
     manifest = read_manifest(folder)
     if output is Output.JSON:
         print_json({"folder": str(folder), **manifest.model_dump()})
@@ -78,34 +78,12 @@ def verify(checkpoint: Where, storage: Storage = "runs", output: OutputOption = 
     """
     from concertina.state.manifest import verify as verify_folder
 
-    folder = _checkpoint(checkpoint, storage)
+    folder = find_checkpoint(checkpoint, storage)
     manifest = verify_folder(folder)
     if output is Output.JSON:
         print_json({"folder": str(folder), "step": manifest.step, "bytes": manifest.bytes, "sound": True})
     else:
         sys.stdout.write(f"{folder}: sound, {len(manifest.files)} files, {manifest.bytes} bytes\n")
-
-
-def _root(run: str, storage: str) -> Path:
-    from concertina.track.run import open_run
-
-    path = Path(run)
-    if path.is_dir() and not (path / "job.yaml").exists():
-        return path
-    return open_run(path.parent if path.is_dir() else Path(storage), path.name).checkpoints
-
-
-def _checkpoint(name: str, storage: str) -> Path:
-    from concertina.errors import NotFoundError
-    from concertina.state.manifest import MANIFEST, list_checkpoints
-
-    if (Path(name) / MANIFEST).exists():
-        return Path(name)
-    root = _root(name, storage)
-    complete = list_checkpoints(root)
-    if not complete:
-        raise NotFoundError(f"no complete checkpoint in {root}: `concertina runs show` says how the run stands")
-    return complete[-1]
 
 
 def _degrees(facts: dict[str, object]) -> str:

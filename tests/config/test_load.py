@@ -11,6 +11,8 @@ import pytest
 from concertina.config import Job, load_job, read_job
 from concertina.errors import ConfigError
 
+LATENT = "num_key_value_heads: 8, kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8"
+
 pytestmark = pytest.mark.unit
 
 
@@ -102,6 +104,24 @@ layout: 4
         ("name: x\nmodel: {scoring_func: sigmod}", "x.yaml:2: model.scoring_func: expected softmax or sigmoid, got"),
         ("name: x\nmodel: {router_bias_update_rate: -1}", "x.yaml:2: model.router_bias_update_rate: -1 is too small"),
         ("name: x\nmodel: {mlp_only_layers: [4]}", "x.yaml:2: model.mlp_only_layers: [4] are beyond the last layer, 3"),
+        ("name: x\nmodel: {v_head_dim: 8}", "x.yaml:2: model.v_head_dim: v_head_dim=8 means nothing without latent"),
+        (
+            f"name: x\nmodel: {{{LATENT.replace('heads: 8', 'heads: 4')}}}",
+            "x.yaml:2: model.num_key_value_heads: num_key_value",
+        ),
+        (
+            f"name: x\nmodel: {{{LATENT.replace('v_head_dim: 8', 'v_head_dim: 0')}}}",
+            "x.yaml:2: model.v_head_dim: v_head_dim is missing: latent",
+        ),
+        (
+            f"name: x\nmodel: {{{LATENT.replace('qk_rope_head_dim: 8', 'qk_rope_head_dim: 5')}}}",
+            "x.yaml:2: model.qk_rope_head_dim: qk_rope_head_dim=5",
+        ),
+        (f"name: x\nmodel: {{{LATENT}, qk_norm: head}}", "x.yaml:2: model.qk_norm: qk_norm=head does not go with"),
+        (
+            "name: x\nmodel: {router_bias: false, router_bias_update_rate: 0.1}",
+            "x.yaml:2: model.router_bias: router_bias_update_rate=0.1 moves a bias, router_bias=false",
+        ),
         ("name: x\nmodel: {shared_expert_gate: true}", "x.yaml:2: model.shared_expert_gate: there is no shared"),
         (
             "name: x\nmodel:\n  capacity: {pad: true}",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from concertina.config import Job, ModelConfig
 from concertina.layout import Layout, fits
 
-__all__ = ["EVEN", "MODELS", "ODD", "layouts_of", "small_job"]
+__all__ = ["EVEN", "LATENT", "MODELS", "ODD", "layouts_of", "small_job"]
 
 EVEN = ModelConfig(
     vocab_size=8,
@@ -40,7 +40,24 @@ ODD = ModelConfig(
 )
 """Five experts, fewer key-value heads than lanes of tp, a dense layer, biases; rows that no number of ranks divides."""
 
-MODELS = {"even": EVEN, "odd": ODD, "tied": ODD.model_copy(update={"tie_word_embeddings": True, "qk_norm": "head"})}
+LATENT = EVEN.model_copy(
+    update={
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 5,
+        "q_lora_rank": 3,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 3,
+    }
+)
+"""Latents on every lane, heads of unequal widths."""
+
+MODELS = {
+    "even": EVEN,
+    "odd": ODD,
+    "tied": ODD.model_copy(update={"tie_word_embeddings": True, "qk_norm": "head"}),
+    "latent": LATENT,
+}
 
 
 def small_job(model: ModelConfig, workers: int, **layout: int) -> Job:

@@ -13,7 +13,7 @@ from concertina.config import load_job
 from concertina.model import Decoder
 from concertina.parallel.groups import Groups
 from concertina.planner.flops import flops_per_token
-from tests.train.worlds import tiny_job
+from tests.train.worlds import LATENT, tiny_job
 
 pytestmark = pytest.mark.unit
 
@@ -40,6 +40,8 @@ def _in_place_product(_: torch.Size, left: torch.Size, right: torch.Size, **rest
         {"shared_expert_gate": True},
         {"shared_expert_intermediate_size": 0, "mlp_only_layers": ()},
         {"head_dim": 24, "tie_word_embeddings": True},
+        LATENT,
+        {**LATENT, "q_lora_rank": 0},
     ],
 )
 def test_torch_counts_the_same(changes: dict[str, Any]) -> None:

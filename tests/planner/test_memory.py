@@ -32,7 +32,7 @@ from concertina.train.adamw import FlatAdamW
 from concertina.train.engine import Engine
 from tests.distributed import form, on_ranks, seat
 from tests.train.generations import on_nodes
-from tests.train.worlds import seated_engine, tiny_job, unconfigured
+from tests.train.worlds import LATENT, seated_engine, tiny_job, unconfigured
 
 Degrees = dict[str, int]
 
@@ -61,6 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "norms over all heads": {"qk_norm": "full"},
     "experts only": {"mlp_only_layers": [], "shared_expert_intermediate_size": 0},
     "dense only": {"mlp_only_layers": [0, 1, 2], "shared_expert_intermediate_size": 0},
+    "latent attention": LATENT,
     "vocabulary smaller than tp": {"vocab_size": 3},
 }
 

@@ -23,7 +23,7 @@ from concertina.planner.traffic import (
     zero,
 )
 from tests.distributed import form, on_ranks
-from tests.train.worlds import Degrees, layout_of, tiny_job, unconfigured
+from tests.train.worlds import LATENT, Degrees, layout_of, tiny_job, unconfigured
 
 Owners = tuple[int | None, ...]
 """The second owner of every rank."""
@@ -131,6 +131,16 @@ def test_in_other_precisions_and_without_sequence_parallelism(precision: str, se
     )
     check(job, (2, 2, 1, 1))
     check(job, (4, 2, 2, 1))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("query", [24, 0])
+def test_latents_are_what_is_gathered(query: int, sequence_parallel: bool) -> None:
+    model = {**LATENT, "q_lora_rank": query}
+    job = tiny_job(model=model, training__precision="float32", layout={"sequence_parallel": sequence_parallel})
+    check(job, (2, 2, 2, 1))
+    assert sender_of(job, (2, 2, 2, 1), 0).latent_width == (query or 32) + 16 + 6
 
 
 @pytest.mark.dist

@@ -19,7 +19,7 @@ from concertina.model import loss as loss_module
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.distributed import on_ranks
-from tests.train.worlds import Degrees, engine_on, layout_of, plainest, record_drops, tiny_job
+from tests.train.worlds import LATENT, Degrees, engine_on, layout_of, plainest, record_drops, tiny_job
 
 pytestmark = pytest.mark.dist
 
@@ -91,6 +91,9 @@ def _mutate(engine: Any, mutation: str) -> None:
     elif mutation == "expert gradients divided by tp":
         for layer in engine.decoder.layers[1:]:
             layer.moe.experts.w2.register_hook(lambda grad: grad / engine.layout.tp)
+    elif mutation == "latents of this lane's tokens only":
+        for layer in engine.decoder.layers:
+            layer.attention.latents.kv_down.register_hook(lambda grad: grad * float(engine.groups["tp"].rank == 0))
     elif mutation == "balance by this lane's counts":
         gate = engine.decoder.layers[1].moe.gate
         gate.build = replace(gate.build, groups=Groups.alone())
@@ -167,6 +170,16 @@ def test_lanes_that_hold_the_same_tokens(degrees: Degrees) -> None:
     check(degrees, "float64", 1e-10, layout={"sequence_parallel": False})
 
 
+@pytest.mark.parametrize("degrees", [(2, 2, 1, 1), (4, 4, 2, 1), (3, 1, 3, 1), (4, 2, 2, 2)], ids=str)
+def test_latent_attention(degrees: Degrees) -> None:
+    check(degrees, "float64", 1e-10, model=LATENT)
+
+
+@pytest.mark.parametrize("query", [24, 0])
+def test_latents_of_lanes_that_hold_the_same_tokens(query: int) -> None:
+    check((2, 2, 1, 1), "float64", 1e-10, model={**LATENT, "q_lora_rank": query}, layout={"sequence_parallel": False})
+
+
 @pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_on_a_folded_layout(micro: int) -> None:
     check((4, 2, 4, 1), "float64", 1e-10, training__micro_batch_size=micro)
@@ -231,6 +244,14 @@ def test_a_mutation_is_seen(degrees: Degrees, mutation: str) -> None:
     assert error > 1e-6 or ranks[0]["facts"][0] != pytest.approx(reference["facts"][0], rel=1e-6)
 
 
+def test_a_mutation_of_latent_attention_is_seen() -> None:
+    mutation = "latents of this lane's tokens only"
+    ranks = on_ranks(gradients_of, 2, odd_job(model=LATENT), (2, 2, 1, 1), mutation)
+    error, where = worst_error(assemble(ranks), assemble([one_process("float64", model=LATENT)]))
+    assert error > 1e-6
+    assert where.endswith("kv_down")
+
+
 def test_seven_ranks_train_eight_experts_on_32_sequences() -> None:
     """No degree but 1 divides both: shares of sequences and experts are uneven."""
     check((7, 1, 7, 1), "float64", 1e-10, training__global_batch_size=32)
@@ -250,5 +271,6 @@ def test_every_layout_of_a_world(world: int) -> None:
         for priority in ("position", "probability"):
             rule = {"factor": 0.8, "group_sequences": 1, "priority": priority}
             check(degrees, "float64", 1e-10, model__capacity=rule)
+        check(degrees, "float64", 1e-10, model=LATENT)
         if degrees[1] > 1:
             check(degrees, "float64", 1e-10, layout={"sequence_parallel": False})

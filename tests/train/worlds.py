@@ -12,6 +12,7 @@ from concertina.train.engine import Engine
 from tests.distributed import form, seat
 
 __all__ = [
+    "LATENT",
     "NUM_SEQUENCES",
     "Degrees",
     "Drop",
@@ -53,6 +54,20 @@ class TinyView:
         """A document begins every 4 to 6 tokens."""
         positions, apart = torch.arange(self.length), torch.tensor([4 + number % 3 for number in ids]).view(-1, 1)
         return positions // apart * apart
+
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "router_bias": True,
+}
+"""Changes to the model of `tiny_job` that make its attention latent, and its routers' biases there but unmoved."""
 
 
 def tiny_job(**changes: Any) -> Job:

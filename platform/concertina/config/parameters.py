@@ -38,8 +38,18 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 
 def _attention(model: ModelConfig) -> int:
+    if model.kv_lora_rank:
+        return _latent_attention(model)
     D, N = model.hidden_size, model.width_of_head
     q, kv = model.num_attention_heads * N, model.num_key_value_heads * N
     biases = q + 2 * kv if model.attention_bias else 0
     norms = {"none": 0, "head": 2 * N, "full": q + kv}[model.qk_norm]
     return D * q + 2 * D * kv + q * D + biases + norms
+
+
+def _latent_attention(model: ModelConfig) -> int:
+    """Down to the latents (Q, L wide, with a norm each), up to the heads, and out of them."""
+    D, H, Q, L = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
+    q = (D * Q + Q if Q else 0) + (Q or D) * H * model.width_of_head
+    kv = D * (L + model.qk_rope_head_dim) + L + L * H * (model.qk_nope_head_dim + model.v_head_dim)
+    return q + kv + H * model.v_head_dim * D

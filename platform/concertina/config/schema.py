@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from concertina.config.data import DataConfig, SourceConfig, TokenizerConfig
+from concertina.config.model_misfits import model_misfits
 from concertina.config.section import Fraction, Misfits, NonNegative, Positive, Section
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LayoutConfig",
     "ModelConfig",
     "Precision",
+    "RopeScalingConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrackingConfig",
@@ -57,6 +59,23 @@ class CapacityConfig(Section):
         return self.group_sequences if self.factor is not None and self.scope == "group" else 1
 
 
+class RopeScalingConfig(Section):
+    """YaRN: rotary frequencies stretched, so that a model trained on short sequences reads longer ones."""
+
+    factor: Annotated[float, Field(ge=1)] = 1.0
+    """How many times longer; 1: nothing is stretched."""
+    original_max_position_embeddings: Positive = 4096
+    """Longest sequence before, in tokens."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """A frequency that turns so often over that length stays as it is."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """One that turns so often or less is divided by `factor`; between the two it is mixed."""
+    mscale: Annotated[float, Field(ge=0)] = 0.0
+    """Growth of queries and keys with log(factor) over that of mscale_all_dim; 0: neither counts, it is 1."""
+    mscale_all_dim: Annotated[float, Field(ge=0)] = 0.0
+    """With latent attention: growth of its scores with log(factor), squared (DeepSeek); 0: none."""
+
+
 class ModelConfig(Section):
     """The decoder's shape."""
 
@@ -76,6 +95,7 @@ class ModelConfig(Section):
     """Longest sequence, in tokens."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Added to the mean square in RMSNorm."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
@@ -88,6 +108,19 @@ class ModelConfig(Section):
     """RMSNorm on queries and keys: over each head (Qwen3) or over all heads at once (OLMoE)."""
     clip_qkv: Annotated[float, Field(gt=0)] | None = None
     """Clamp of query, key and value projections (OLMoE)."""
+    kv_lora_rank: NonNegative = 0
+    """Width that keys and values of all heads are made from: multi-head latent attention (DeepSeek); 0: there is none,
+    and none of the five keys that follow."""
+    q_lora_rank: NonNegative = 0
+    """The same for queries; 0: they are made from the hidden state."""
+    qk_nope_head_dim: NonNegative = 0
+    """Part of a head's query and key that is not rotated."""
+    qk_rope_head_dim: NonNegative = 0
+    """Part that is; all heads share the key's."""
+    v_head_dim: NonNegative = 0
+    """Width of a head's value."""
+    rope_interleave: bool = False
+    """Rotary pairs lie side by side in the projections' rows (as DeepSeek publishes them), not a half apart."""
     intermediate_size: Positive = 512
     """Width of a dense layer's SwiGLU; only layers in mlp_only_layers use it."""
     mlp_only_layers: tuple[NonNegative, ...] = ()
@@ -112,7 +145,9 @@ class ModelConfig(Section):
     """Groups a token may use; as many as n_group: no limit."""
     router_bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
     """What an expert's bias moves by after a step, up when it had fewer tokens than the mean, down when more; the bias
-    counts in the choice of experts only (balancing without a loss, DeepSeek-V3: 0.001). 0: there is no bias."""
+    counts in the choice of experts only (balancing without a loss, DeepSeek-V3: 0.001). 0: it stays as it is."""
+    router_bias: bool | None = None
+    """Whether there is that bias; absent: where it moves. true without a rate: an imported one is used, not moved."""
     router_noise: bool = False
     """Noise of a learned size on the router's logits in training (Shazeer 2017)."""
     shared_expert_intermediate_size: NonNegative = 0
@@ -127,15 +162,26 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
-        problems = [*_head_misfits(self), *_expert_misfits(self), *_group_misfits(self)]
-        if problems:
+        if problems := model_misfits(self):
             raise Misfits(problems)
         return self
 
     @property
     def width_of_head(self) -> int:
-        """Width of one head, given or derived."""
+        """Width of one head's query and key, given or derived."""
+        if self.kv_lora_rank:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def width_of_value(self) -> int:
+        """Width of one head's value."""
+        return self.v_head_dim if self.kv_lora_rank else self.width_of_head
+
+    @property
+    def width_of_rotation(self) -> int:
+        """The part of a head that is rotated."""
+        return self.qk_rope_head_dim if self.kv_lora_rank else self.width_of_head
 
     def expert_capacity(self, num_tokens: int) -> int:
         """How many of `num_tokens` tokens an expert takes: ceil(factor * tokens * k / E), never more than there are.
@@ -154,67 +200,7 @@ class ModelConfig(Section):
     @property
     def has_router_bias(self) -> bool:
         """Whether the choice of experts is biased towards those that had too few tokens."""
-        return self.router_bias_update_rate > 0
-
-
-def _head_misfits(model: ModelConfig) -> list[tuple[str, str]]:
-    heads, kv, hidden = model.num_attention_heads, model.num_key_value_heads, model.hidden_size
-    problems = []
-    if heads % kv:
-        problems.append(("num_key_value_heads", f"num_key_value_heads={kv} must divide num_attention_heads={heads}"))
-    if model.head_dim is None and hidden % heads:
-        text = f"num_attention_heads={heads} must divide hidden_size={hidden}, or set model.head_dim"
-        problems.append(("num_attention_heads", text))
-    elif model.width_of_head % 2:
-        text = f"a head is {model.width_of_head} wide, must be even (rotary embedding turns pairs): set model.head_dim"
-        problems.append(("head_dim", text))
-    return problems
-
-
-def _expert_misfits(model: ModelConfig) -> list[tuple[str, str]]:
-    experts, k = model.num_experts, model.num_experts_per_tok
-    problems = []
-    if k > experts:
-        text = f"num_experts_per_tok={k} is more than num_experts={experts}: set it to {experts} or less"
-        problems.append(("num_experts_per_tok", text))
-    beyond = [layer for layer in model.mlp_only_layers if layer >= model.num_hidden_layers]
-    if beyond:
-        text = f"{beyond} are beyond the last layer, {model.num_hidden_layers - 1} (layers count from 0)"
-        problems.append(("mlp_only_layers", text))
-    if model.shared_expert_gate and not model.shared_expert_intermediate_size:
-        text = "there is no shared expert to gate: set model.shared_expert_intermediate_size"
-        problems.append(("shared_expert_gate", text))
-    return [*problems, *_capacity_misfits(model.capacity)]
-
-
-def _capacity_misfits(capacity: CapacityConfig) -> list[tuple[str, str]]:
-    problems = []
-    if capacity.factor is None:
-        plain = CapacityConfig()
-        idle = [name for name in CapacityConfig.model_fields if getattr(capacity, name) != getattr(plain, name)]
-        return [
-            (f"capacity.{name}", "nothing is dropped without a capacity: set model.capacity.factor") for name in idle
-        ]
-    if capacity.scope == "sub_sequence" and capacity.group_sequences > 1:
-        text = (
-            f"group_sequences={capacity.group_sequences} means nothing to scope=sub_sequence, which counts what a rank "
-            f"holds: set it to 1, or model.capacity.scope to group"
-        )
-        problems.append(("capacity.group_sequences", text))
-    return problems
-
-
-def _group_misfits(model: ModelConfig) -> list[tuple[str, str]]:
-    experts, groups, chosen, k = model.num_experts, model.n_group, model.topk_group, model.num_experts_per_tok
-    if experts % groups:
-        return [("n_group", f"n_group={groups} must divide num_experts={experts}")]
-    if chosen > groups:
-        return [("topk_group", f"topk_group={chosen} is more than n_group={groups}: set it to {groups} or less")]
-    size = experts // groups
-    if chosen * size < k <= experts:
-        text = f"topk_group={chosen} leaves a token {chosen * size} of {experts} experts"
-        return [("topk_group", f"{text}, num_experts_per_tok={k} is more: set it to {-(-k // size)} or more")]
-    return []
+        return self.router_bias_update_rate > 0 if self.router_bias is None else self.router_bias
 
 
 class AnomalyConfig(Section):

@@ -7,7 +7,7 @@ Every rank that holds the same box adds its part of the gradient: those ranks ar
     edp        the replicas of an expert's slice                     expert weights
     dp_cp      one slice of the lanes of tp, all dp and cp           projections, embeddings
     dp_cp_kv   as dp_cp, and the lanes that share a key-value head   keys and values where tp exceeds their heads
-    dp_cp_tp   the whole pipeline stage                              norms, routers
+    dp_cp_tp   the whole pipeline stage                              norms, routers, projections to latents
     dp_cp_ends as dp_cp, of the first and last pipeline stage        an embedding that the head shares
 
 Shapes: V vocabulary, D hidden, N key-value heads, G query heads of each, C width of a head, F width, E experts.
@@ -139,12 +139,28 @@ class _Table:
     def layer(self, name: str, is_moe: bool) -> None:
         hidden = (self.model.hidden_size,)
         self.everywhere(f"{name}.attention_norm.weight", hidden, "ones")
-        self._attention(f"{name}.attention")
+        if self.model.kv_lora_rank:
+            self._latent_attention(f"{name}.attention")
+        else:
+            self._attention(f"{name}.attention")
         self.everywhere(f"{name}.feed_forward_norm.weight", hidden, "ones")
         if is_moe:
             self._moe(f"{name}.moe")
         else:
             self._swiglu(f"{name}.mlp", self.model.intermediate_size)
+
+    def _latent_attention(self, name: str) -> None:
+        """What all heads are made from is everywhere, what makes them is cut by head."""
+        model, hidden, heads = self.model, self.model.hidden_size, self.model.num_attention_heads
+        query, latent = model.q_lora_rank, model.kv_lora_rank
+        if query:
+            self.everywhere(f"{name}.q_down", (query, hidden))
+            self.everywhere(f"{name}.q_norm.weight", (query,), "ones")
+        self.everywhere(f"{name}.kv_down", (latent + model.qk_rope_head_dim, hidden))
+        self.everywhere(f"{name}.kv_norm.weight", (latent,), "ones")
+        self.sliced(f"{name}.q", (heads, model.width_of_head, query or hidden), 0)
+        self.sliced(f"{name}.kv_up", (heads, model.qk_nope_head_dim + model.v_head_dim, latent), 0)
+        self.sliced(f"{name}.output", (hidden, heads, model.v_head_dim), 1)
 
     def _attention(self, name: str) -> None:
         model, hidden, width = self.model, self.model.hidden_size, self.model.width_of_head

@@ -83,6 +83,10 @@ class Attention(Part):
             Pieces(lanes.group, model.num_key_value_heads * width, copies),
         )
 
+    def enter(self, x_RD: Tensor, num_tokens: int) -> Tensor:
+        """All `num_tokens` tokens of the lanes, for `forward`: [T, D]."""
+        return self.build.lanes.enter(x_RD, num_tokens)
+
     def project(self, x_TD: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Queries [B, S, N, G, C] and, of every key-value head, key and value [B, S, N, 2, C], before rotation."""
         q, kv = linear(x_TD, self.q.flatten(0, 2)), linear(x_TD, self.kv.flatten(0, 2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from concertina.model.attention import Attention
+from concertina.model.latent_attention import LatentAttention
 from concertina.model.mlp import SwiGLU
 from concertina.model.moe import MoE
 from concertina.model.norm import ResidualNorm
@@ -26,7 +27,8 @@ class Block(Part):
     def __init__(self, build: Build, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__(build, f"layers.{layer}")
         self.attention_norm = ResidualNorm(build, f"{self.prefix}.attention_norm")
-        self.attention = Attention(build, f"{self.prefix}.attention")
+        attention = LatentAttention if build.model.kv_lora_rank else Attention
+        self.attention = attention(build, f"{self.prefix}.attention")
         self.feed_forward_norm = ResidualNorm(build, f"{self.prefix}.feed_forward_norm")
         self.moe: MoE | None = None
         self.mlp: SwiGLU | None = None
@@ -37,9 +39,8 @@ class Block(Part):
 
     def attend(self, x_RD: Tensor, span: Span, sight: Sight) -> Tensor:
         """The attention half."""
-        lanes = self.build.lanes
-        x_TD = lanes.enter(self.attention_norm(x_RD), span.num_tokens)
-        return x_RD + lanes.leave(self.attention(x_TD, span.num_sequences, sight))
+        entered = self.attention.enter(self.attention_norm(x_RD), span.num_tokens)
+        return x_RD + self.build.lanes.leave(self.attention(entered, span.num_sequences, sight))
 
     def feed_forward(self, x_RD: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
         """The other half; a dense layer has no routing."""

@@ -21,7 +21,7 @@ from concertina.model.choice import moved
 from concertina.model.loss import IGNORED, Vocabulary, cross_entropy_sum
 from concertina.model.norm import ResidualNorm
 from concertina.model.parameters import Build, Part, made
-from concertina.model.rope import rotation
+from concertina.model.rope import Rotation, rotation
 from concertina.model.router import Router, Routing
 from concertina.model.sight import Sight
 from concertina.model.span import Place, Span
@@ -212,8 +212,12 @@ class Decoder(nn.Module):
 
     def sight(self, span: Span, starts_BS: Tensor | None = None) -> Sight:
         """What tokens see of their sequences."""
-        turn = rotation(span.positions_S, self.model.width_of_head, self.model.rope_theta, self.build.dtype)
-        return Sight(span.length, self.build.context, turn, starts_BS)
+        return Sight(span.length, self.build.context, self.rotation(span.positions_S), starts_BS)
+
+    def rotation(self, positions_S: Tensor) -> Rotation:
+        """How far queries and keys of these positions are turned."""
+        model = self.model
+        return rotation(positions_S, model.width_of_rotation, model.rope_theta, self.build.dtype, model.rope_scaling)
 
     def advance(self, piece: int, batch: Batch, x_RD: Tensor | None = None) -> tuple[Tensor, dict[int, Routing]]:
         """Through the layers of one piece here, from what the piece before it gave (the first one: from tokens): the

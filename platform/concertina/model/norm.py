@@ -71,12 +71,13 @@ class RMSNorm(Part):
     def __init__(self, build: Build, prefix: str, pieces: Pieces | None = None) -> None:
         super().__init__(build, prefix)
         self.pieces = pieces
+        self.epsilon = build.model.rms_norm_eps
         self._make("weight")
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.gradient_weight()
         flat = x.flatten(x.dim() - weight.dim()) if weight.dim() > 1 else x
-        return rms_norm(flat, weight.flatten(), self.build.model.rms_norm_eps, self.pieces).view(x.shape)
+        return rms_norm(flat, weight.flatten(), self.epsilon, self.pieces).view(x.shape)
 
     def gradient_weight(self) -> Tensor:
         """The weight, as it counts in gradients."""

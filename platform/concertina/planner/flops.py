@@ -26,16 +26,26 @@ def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = Tru
     layers = range(model.num_hidden_layers)
     weights = sum(_layer_weights(model, layer) for layer in layers) + model.vocab_size * model.hidden_size
     # A query meets each key once in the scores and each value once in the sum.
-    attended = 2 * sequence_length * model.num_attention_heads * model.width_of_head * len(layers)
+    of_a_head = model.width_of_head + model.width_of_value
+    attended = sequence_length * model.num_attention_heads * of_a_head * len(layers)
     return _PASSES * _MULTIPLY_ADD * (weights + (attended // 2 if causal else attended))
 
 
 def _layer_weights(model: ModelConfig, layer: int) -> int:
     """Weights of matrices that one token is multiplied with."""
-    hidden, width = model.hidden_size, model.width_of_head
-    attention = hidden * width * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
+    hidden, attention = model.hidden_size, _attention_weights(model)
     if not model.is_moe_layer(layer):
         return attention + 3 * hidden * model.intermediate_size
     expert_widths = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_expert_intermediate_size
     gates = hidden * (model.num_experts * (1 + model.router_noise) + model.shared_expert_gate)
     return attention + 3 * hidden * expert_widths + gates
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    hidden, width, heads = model.hidden_size, model.width_of_head, model.num_attention_heads
+    if not model.kv_lora_rank:
+        return hidden * width * (2 * heads + 2 * model.num_key_value_heads)
+    query = hidden * model.q_lora_rank + (model.q_lora_rank or hidden) * heads * width
+    down = hidden * (model.kv_lora_rank + model.qk_rope_head_dim)
+    up = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    return query + down + up + heads * model.v_head_dim * hidden

@@ -108,11 +108,19 @@ class Sender:
 
     @property
     def crossings(self) -> int:
-        """Ways into products over tp and out again, forward: attention's, a dense or shared expert's of every layer;
-        embedding and head make one together."""
+        """Ways into products over tp and out again, forward, of hidden states: attention's where it has no latents, a
+        dense or shared expert's of every layer; embedding and head make one together."""
         layers = self.model.num_hidden_layers
         alone = self.moe_layers if not self.model.shared_expert_intermediate_size else 0
-        return 2 * layers - alone + 1
+        return (1 if self.model.kv_lora_rank else 2) * layers - alone + 1
+
+    @property
+    def latent_width(self) -> int:
+        """Elements of a token that go into latent attention, instead of its hidden state; 0 where there is none."""
+        model = self.model
+        if not model.kv_lora_rank:
+            return 0
+        return (model.q_lora_rank or model.hidden_size) + model.kv_lora_rank + model.qk_rope_head_dim
 
 
 def step(sender: Sender, length: int, micro_batches: Sequence[int], routing: Sequence[Sequence[Counts]]) -> Traffic:
@@ -134,6 +142,7 @@ def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[C
     per_token = sender.wide_bytes * tokens
     parts = [
         _times(crossing(sender, tokens), 2 * sender.crossings),
+        *_latent_crossings(sender, tokens),
         _all_reduce("tp", tp, per_token),  # of the loss, the largest logit
         _all_reduce("tp", tp, 2 * per_token),  # and the sum of exponentials, the target's logit
     ]
@@ -153,17 +162,41 @@ def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[C
 
 def crossing(sender: Sender, tokens: int) -> Traffic:
     """Into a column-parallel product and out of a row-parallel one, forward; the backward is as much."""
-    tp = sender.layout.tp
-    if tp == 1:
-        return {}
-    if not sender.sequence_parallel:
-        return _all_reduce("tp", tp, tokens * sender.model.hidden_size * sender.wide_bytes)
-    start, stop = cut(tokens, tp, sender.layout.coordinate(sender.rank, Axis.TP))
-    own = stop - start
-    return {
-        ("tp", "all_gather"): (tp - 1) * own * sender.row_bytes,
-        ("tp", "reduce_scatter"): (tokens - own) * sender.row_bytes,
-    }
+    if sender.layout.tp > 1 and not sender.sequence_parallel:
+        return _sum_over_lanes(sender, tokens, sender.model.hidden_size)
+    return _sum([_entering(sender, tokens, sender.model.hidden_size), _leaving(sender, tokens)])
+
+
+def _latent_crossings(sender: Sender, tokens: int) -> list[Traffic]:
+    """Latents in and hidden states out, forward; in the backward hidden states in and latents out, of every layer."""
+    width, hidden, layers = sender.latent_width, sender.model.hidden_size, sender.model.num_hidden_layers
+    if not width:
+        return []
+    if not sender.sequence_parallel:  # sums of outputs, and of latents' gradients
+        parts = [_sum_over_lanes(sender, tokens, hidden), _sum_over_lanes(sender, tokens, width)]
+    else:
+        forward = [_entering(sender, tokens, width), _leaving(sender, tokens)]
+        parts = [*forward, _entering(sender, tokens, hidden), _leaving(sender, tokens, width)]
+    return [_times(part, layers) for part in parts]
+
+
+def _own_tokens(sender: Sender, tokens: int) -> int:
+    start, stop = cut(tokens, sender.layout.tp, sender.layout.coordinate(sender.rank, Axis.TP))
+    return stop - start
+
+
+def _entering(sender: Sender, tokens: int, width: int) -> Traffic:
+    own, others = _own_tokens(sender, tokens), sender.layout.tp - 1
+    return {("tp", "all_gather"): others * own * width * sender.element_bytes}
+
+
+def _leaving(sender: Sender, tokens: int, width: int | None = None) -> Traffic:
+    rest = tokens - _own_tokens(sender, tokens)
+    return {("tp", "reduce_scatter"): rest * (width or sender.model.hidden_size) * sender.element_bytes}
+
+
+def _sum_over_lanes(sender: Sender, tokens: int, width: int) -> Traffic:
+    return _all_reduce("tp", sender.layout.tp, tokens * width * sender.wide_bytes)
 
 
 def context(sender: Sender, length: int, sequences: int) -> Traffic:

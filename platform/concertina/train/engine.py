@@ -458,8 +458,10 @@ class Engine:
         manifest = read_manifest(folder)
         biases = [key for key in manifest.shapes if key.startswith("buffer/")]
         if biases and not self.job.model.has_router_bias:
-            text = f"{folder}: has {biases[0]}, the model has no router bias: set model.router_bias_update_rate"
-            raise CheckpointError(text, tensor=biases[0])
+            remedy = "set model.router_bias_update_rate, or model.router_bias to true"
+            raise CheckpointError(
+                f"{folder}: has {biases[0]}, the model has no router bias: {remedy}", tensor=biases[0]
+            )
         self.settle()
         load_boxes(folder, self.state() | self._held_alike())
         self._take_facts(manifest.facts, bad_step)
