@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from concertina.planner.traffic import (
     crossing,
     dispatch,
     even_counts,
+    micro_batch,
     seconds,
     step,
     zero,
@@ -47,13 +49,17 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
     engine.adopt(engine.prepare(Seating(layout, tuple(range(world)), owners), rank, groups, "initial"))
     engine.fill_seconds()
     routed: list[list[int]] = []
+    forward = [False]  # routers are asked again in the backward of what is computed again
 
     def note(_: Any, __: Any, output: Any) -> None:
-        routed.append(output.expert_ids_RK.flatten().bincount(minlength=job.model.num_experts).tolist())
+        if forward[-1]:
+            routed.append(output.expert_ids_RK.flatten().bincount(minlength=job.model.num_experts).tolist())
 
     for module in engine.decoder.modules():
         if isinstance(module, Router):
             module.register_forward_hook(note)
+    engine.decoder.register_forward_pre_hook(lambda *_: forward.append(True))
+    engine.decoder.register_forward_hook(lambda *_: forward.append(False))
     with recording(engine.groups) as records:
         engine.train_step(1)
     pieces = engine._micro_batches(job.training.global_batch_size)
@@ -64,7 +70,8 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
 def sender_of(job: Job, degrees: Degrees, rank: int, has_second: bool = False) -> Sender:
     world, tp, ep, etp = degrees
     layout = Layout(world, tp=tp, ep=ep, etp=etp)
-    return Sender(job.model, layout, rank, job.training.precision, job.layout.sequence_parallel, has_second)
+    training, sequence_parallel = job.training, job.layout.sequence_parallel
+    return Sender(job.model, layout, rank, training.precision, sequence_parallel, has_second, training.recomputed)
 
 
 def expected(sender: Sender, ranks: list[dict[str, Any]], length: int) -> Traffic:
@@ -124,6 +131,34 @@ def test_in_other_precisions_and_without_sequence_parallelism(precision: str, se
     )
     check(job, (2, 2, 1, 1))
     check(job, (4, 2, 2, 1))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("kinds", "sequence_parallel"),
+    [("full", True), ("full", False), (["attention"], True), (["moe", "norm"], True), (["mlp"], True)],
+    ids=str,
+)
+def test_what_is_computed_again_is_sent_again(kinds: str | list[str], sequence_parallel: bool) -> None:
+    job = tiny_job(
+        training__activation_checkpointing=kinds,
+        layout={"sequence_parallel": sequence_parallel},
+        model__qk_norm="full",
+    )
+    check(job, (4, 2, 2, 2))
+
+
+@pytest.mark.unit
+def test_only_regions_that_communicate_send_more() -> None:
+    job, degrees = tiny_job(), (4, 2, 2, 2)
+    plain = sender_of(job, degrees, 0)
+    routing = [even_counts(plain, 48)] * plain.moe_layers
+    usual, full, selective = (
+        micro_batch(replace(plain, recomputed=frozenset(kinds)), 12, 4, routing)
+        for kinds in ((), ("layer",), ("norm", "activation", "permute", "core", "experts"))
+    )
+    assert selective == usual
+    assert all(full[key] > usual[key] for key in usual if key[1] != "all_reduce")
 
 
 @pytest.mark.dist

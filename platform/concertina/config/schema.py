@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 Precision = Literal["float64", "float32", "bfloat16"]
+Recomputed = Literal["norm", "activation", "permute", "core", "experts", "attention", "moe", "mlp"]
+_CHEAP: tuple[Recomputed, ...] = ("norm", "activation", "permute")
 AnomalyAction = Literal["skip", "stop", "roll_back"]
 
 
@@ -295,6 +297,12 @@ class TrainingConfig(Section):
     """Sequences a rank computes at once; absent: all of its share."""
     precision: Precision = "float32"
     """Of weights and activations; `bfloat16` keeps fp32 master weights, `float64` exists for equality tests."""
+    activation_checkpointing: Literal["none", "selective", "full"] | tuple[Recomputed, ...] = "none"
+    """What the backward computes again rather than finds in memory. `full`: every layer, of which the input alone is
+    kept, for a third more computation; `selective`: what no product is done twice for, [norm, activation, permute]; or
+    a list of: `norm` (their outputs), `activation` (SwiGLU's products), `permute` (rows sorted by expert, where they
+    need not travel), `core` (inside attention: rotated heads, on a CPU probabilities), `experts` (their products),
+    `attention`, `moe`, `mlp` (halves of layers: with experts, dense)."""
     seed: NonNegative = 0
     """Of the initial weights and the order of the data."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -317,6 +325,14 @@ class TrainingConfig(Section):
     eval_sequences: Positive = 64
     """Held-out sequences a validation reads, the same ones each time."""
     anomaly: AnomalyConfig = AnomalyConfig()
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """The kinds of `activation_checkpointing`; `layer` is all of one."""
+        chosen = self.activation_checkpointing
+        if isinstance(chosen, tuple):
+            return frozenset(chosen)
+        return frozenset({"none": (), "selective": _CHEAP, "full": ("layer",)}[chosen])
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:

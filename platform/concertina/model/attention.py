@@ -17,6 +17,7 @@ from concertina.model.linear import linear
 from concertina.model.norm import Pieces, RMSNorm
 from concertina.model.parameters import Build, Part
 from concertina.model.rope import Rotation, rotate
+from concertina.parallel.recompute import region
 
 __all__ = ["Attention", "attend", "core"]
 
@@ -86,4 +87,4 @@ class Attention(Part):
         return linear(heads_BSNGC.reshape(-1, self.output[0].numel()), self.output.flatten(1))
 
     def forward(self, x_TD: Tensor, num_sequences: int, turn: Rotation) -> Tensor:
-        return self.combine_heads(attend(*self.project(x_TD, num_sequences), turn))
+        return self.combine_heads(region("core", attend, *self.project(x_TD, num_sequences), turn))

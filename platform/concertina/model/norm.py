@@ -15,6 +15,7 @@ from torch import Tensor
 from concertina.model.parameters import Build, Part
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import Group
+from concertina.parallel.recompute import again
 
 __all__ = ["Pieces", "RMSNorm", "ResidualNorm", "rms_norm"]
 
@@ -85,6 +86,9 @@ class RMSNorm(Part):
 
 class ResidualNorm(RMSNorm):
     """RMSNorm of the residual stream, whose tokens every lane may hold alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return again("norm", rms_norm, x, self.gradient_weight(), self.build.model.rms_norm_eps)
 
     def gradient_weight(self) -> Tensor:
         return self.build.lanes.count_once(self.weight)

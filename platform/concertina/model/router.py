@@ -22,6 +22,7 @@ from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
 from concertina.model.span import Span
 from concertina.parallel.collectives import all_reduce_sum
+from concertina.parallel.recompute import again
 
 __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_balance", "z_sum"]
 
@@ -82,7 +83,7 @@ class Router(Part):
         Source: noisy top-k gating (Shazeer et al. 2017, equation 4). The losses see what the choice sees.
         """
         wide = torch.promote_types(x_RD.dtype, torch.float32)
-        x_RD = x_RD.to(wide)
+        x_RD = again("norm", Tensor.to, x_RD, wide)
         logits_RE = linear(x_RD, self.router.to(wide))
         if span.place is None or not self.build.model.router_noise:
             return logits_RE

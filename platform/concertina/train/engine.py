@@ -25,6 +25,7 @@ from concertina.model import Decoder, ModelOutput, Place
 from concertina.model.deferred import DeferredGradients
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import SECONDS, Group, Groups
+from concertina.parallel.recompute import recomputing
 from concertina.parallel.reducer import GradientReducer
 from concertina.state.alike import spread_alike
 from concertina.state.boxed import BoxedTensor
@@ -307,7 +308,8 @@ class Engine:
         tokens, targets = view.read(ids or [0])
         if not ids:
             targets = torch.full_like(targets, IGNORED_TARGET)
-        return self.decoder(tokens.to(self.device), targets.to(self.device), place)
+        with recomputing(self.job.training.recomputed):
+            return self.decoder(tokens.to(self.device), targets.to(self.device), place)
 
     def _micro_batches(self, count: int, whole: int = 1) -> list[list[list[int]]]:
         """The sequences of every rank of dp, by number among `count`, in equally many pieces on every rank: peers of an
