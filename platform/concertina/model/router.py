@@ -64,7 +64,7 @@ class Router(Part):
         model, lanes = self.build.model, self.build.lanes
         logits_RE = self._logits(x_RD, span)
         scores_RE = score(logits_RE, model)
-        ids_RK = choose(scores_RE, self.bias, model)
+        ids_RK = self.choose(scores_RE)
         weights_RK = weigh(scores_RE, ids_RK, model)
         counts_BE, counts_E = self._count(ids_RK, span)
         return Routing(
@@ -76,6 +76,10 @@ class Router(Part):
             # By score: weights that are normalised say nothing where a token has one choice.
             span.quota.keep(ids_RK, scores_RE.gather(1, ids_RK)) if span.quota is not None else None,
         )
+
+    def choose(self, scores_RE: Tensor) -> Tensor:
+        """The experts of each token: int64 [R, K]."""
+        return choose(scores_RE, self.bias, self.build.model)
 
     def _logits(self, x_RD: Tensor, span: Span) -> Tensor:
         """x w, in training with noise: x w + N(0, 1) * softplus(x w_noise).

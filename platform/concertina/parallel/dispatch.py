@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ class Dispatcher:
         ep = groups["ep"]
         self._ranges = [cut(num_experts, ep.size, index) for index in range(ep.size)]
         self.local_experts = self._ranges[ep.rank]
+        self._padded_plan: tuple[tuple[Any, ...], tuple[_Route, Tensor]] | None = None  # the last one asked for
 
     def start_dispatch(
         self,
@@ -146,7 +148,14 @@ class Dispatcher:
         return _Route(sent, received, gathered, *_regrouping(sources_SE, sum(gathered))), sources_SE.sum(0)
 
     def _plan_padded(self, padded: Sequence[int], like: Tensor) -> tuple[_Route, Tensor]:
-        """The same from what every rank of etp_ep sends to every expert: nothing to exchange, nothing to wait for."""
+        """The same from what every rank of etp_ep sends to every expert: nothing to exchange, nothing to wait for. All
+        layers of a micro-batch ask for the same."""
+        key = (*padded, like.device)
+        if self._padded_plan is None or self._padded_plan[0] != key:
+            self._padded_plan = key, self._make_padded_plan(padded, like)
+        return self._padded_plan[1]
+
+    def _make_padded_plan(self, padded: Sequence[int], like: Tensor) -> tuple[_Route, Tensor]:
         etp, mine = self.groups["etp"], padded[self.groups["etp_ep"].rank]
         here = self.local_experts[1] - self.local_experts[0]
         by_lane = [padded[lane :: etp.size] for lane in range(etp.size)]  # etp is fastest
