@@ -368,8 +368,12 @@ class ClusterConfig(Section):
     """Ranks, one process each."""
     num_nodes: Positive = 2
     """Ray nodes of the cluster that `concertina train` starts when none is given by --address."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: cuda (backend nccl) where Ray has GPUs, else cpu (gloo)."""
+    device: Literal["auto", "cpu", "cuda", "timed"] = "auto"
+    """`auto`: cuda (backend nccl) where Ray has GPUs, else cpu (gloo). `timed`: ranks on CPUs that wait instead of
+    computing, for measuring what is between computations; all that such a run says is marked *emulated compute*."""
+    timed_s_per_token: Annotated[float, Field(gt=0)] = 1e-5
+    """Seconds that one rank alone takes for one token in one layer with experts, forward; the backward takes twice as
+    long, dense layers and the head in proportion. 1e-5 leaves the rest of a small model's step well below."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs a rank reserves in Ray."""
     threads_per_worker: Positive = 1
@@ -439,6 +443,11 @@ class Job(Section):
     elastic: ElasticConfig = ElasticConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def emulates_compute(self) -> bool:
+        """Whether ranks only wait where others compute."""
+        return self.cluster.device == "timed"
 
     @model_validator(mode="after")
     def _fits(self) -> Job:
