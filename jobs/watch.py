@@ -79,7 +79,7 @@ class Watch:
     def _show(self) -> None:
         self.progress.look()
         news = self.signals.news
-        if news and not self.progress.productive_s:  # no step yet that a checkpoint could keep
+        if news and not self.progress.has_trained:  # no step yet that a checkpoint could keep
             self.progress.say("stopping")
         elif news == 1:
             self.progress.say("stopping with a checkpoint after the steps under way; once more to stop at once")
