@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +13,8 @@ from concertina.layout import Layout, draw
 from jobs.output import Output, OutputOption, next_commands, print_json, short_bytes, short_number
 
 if TYPE_CHECKING:  # bare degrees need neither YAML nor the schema
+    from concertina.config import Job
+    from concertina.planner.activations import Activations
     from concertina.planner.memory import Extremes, RankBytes
     from jobs.opening import OpenedJob
 
@@ -79,7 +81,8 @@ def _open(file: str, world: int | None, degrees: dict[str, int]) -> OpenedJob:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a job's model is and takes. `bytes_per_rank`: or why it is not known."""
+    """What a job's model is and takes. `bytes_per_rank`: or why it is not known; `micro_batch`: sequences of one on the
+    first rank, whose `activations` are counted where it computes all layers of whole sequences."""
 
     total: int
     active: int
@@ -87,6 +90,8 @@ class _Cost:
     sequence_length: int
     precision: str
     bytes_per_rank: Extremes | str
+    micro_batch: int
+    activations: Activations | None
 
     def to_json(self) -> dict[str, Any]:
         found = self.bytes_per_rank
@@ -100,6 +105,7 @@ class _Cost:
             "parameters": {"total": self.total, "active": self.active},
             "flops_per_token": self.flops_per_token,
             "bytes_per_rank": known,
+            "activations": None if self.activations is None else asdict(self.activations),
         }
 
     def lines(self) -> list[str]:
@@ -110,7 +116,16 @@ class _Cost:
             f"training    {_short_flops(self.flops_per_token)} a token: products of forward and backward, causal "
             f"attention over {self.sequence_length} tokens",
             *self._memory(),
+            *self._activations(),
         ]
+
+    def _activations(self) -> list[str]:
+        found = self.activations
+        if found is None:
+            return []
+        again = f", and {short_bytes(found.again)} of a layer while it is computed again" if found.again else ""
+        tokens = f"{self.micro_batch} x {self.sequence_length} tokens"
+        return [f"activations {short_bytes(found.kept)} of a micro-batch of {tokens}, even routing{again}"]
 
     def _memory(self) -> list[str]:
         found = self.bytes_per_rank
@@ -147,4 +162,21 @@ def _cost(opened: OpenedJob) -> _Cost:
     except LayoutError as error:
         held = error.message
     flops = flops_per_token(model, length)
-    return _Cost(*count_parameters(model), flops, length, precision, held)
+    sequences, found = _activations(opened.job, opened.layout)
+    return _Cost(*count_parameters(model), flops, length, precision, held, sequences, found)
+
+
+def _activations(job: Job, chosen: Layout) -> tuple[int, Activations | None]:
+    """Sequences of a micro-batch on the first rank, and what it keeps of them."""
+    from concertina.planner.activations import activations
+    from concertina.planner.traffic import Sender
+
+    training = job.training
+    share = -(-training.global_batch_size // chosen.dp)
+    sequences = min(share, training.micro_batch_size or share)
+    if chosen.pp > 1 or chosen.cp > 1:
+        return sequences, None
+    sequence_parallel = job.layout.sequence_parallel
+    sender = Sender(job.model, chosen, 0, training.precision, sequence_parallel, recomputed=training.recomputed)
+    on_gpu = job.cluster.device == "cuda" or (job.cluster.device == "auto" and training.precision == "bfloat16")
+    return sequences, activations(sender, job.data.sequence_length, sequences, "cuda" if on_gpu else "cpu")

@@ -1,7 +1,8 @@
 """How much of a forward does a rank keep for its backward? Tensor by tensor, with and without computing some again.
 
-Counted is what autograd saves inside the layers, for one micro-batch under even routing; the head keeps as much as
-one layer's input, the embedding nothing. Scalars and a norm's scales of heads are left out.
+Counted is what autograd saves inside the layers, for one micro-batch under even routing, on ranks that compute all
+layers on whole sequences. Outside of layers the head holds its gradients, which it makes in its forward (the inputs',
+the weight's). Scalars and a norm's scales of heads are left out.
 Letters: R tokens of this lane between products, T of all lanes, Q rows for the experts here, D, E, K, F as in the
 model, H and V the widths of this lane's query heads and key-value heads.
 """
