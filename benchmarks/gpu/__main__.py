@@ -13,17 +13,18 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
 from concertina.errors import UserError
 
 __all__ = ["main", "measure"]
 
+T = TypeVar("T")
 WHY = "not looked into yet: see the shares of the parts, and --trace"
 
 
@@ -71,29 +72,39 @@ def _shape(
     rows: list[Row] = []
     ours: dict[str, list[float]] = {}
     for routing in ("real", "balanced"):
-        with _contestant(lambda kind=routing: Ours(work, device, kind == "balanced", recomputed)) as contestant:
-            label = f"{work.name}, {work.layers} layers, {routing} routing"
-            ours[routing] = _rates(work, clock, contestant.step, options)
-            rows += _speeds(label, work, ours[routing], peak, ceiling, work.goal if routing == "real" else None)
-            if routing == "real":
-                rows += _shares(label, work, clock, contestant, options)
-                if device.type == "cuda":
-                    most = torch.cuda.max_memory_allocated(device) / 2**30
-                    rows.append(Row(f"{label}: memory at most", most, "GiB"))
-                rows.append(Row(f"{label}: busiest expert over the mean", contestant.imbalance(), "ratio"))
-                if options.trace is not None:
-                    _trace(options.trace, work.name, contestant.step)
+        label = f"{work.name}, {work.layers} layers, {routing} routing"
+
+        def measured(contestant: Any, label: str = label, is_real: bool = routing == "real") -> list[float]:
+            rates = _rates(work, clock, contestant.step, options)
+            rows.extend(_speeds(label, work, rates, peak, ceiling, work.goal if is_real else None))
+            if is_real:
+                rows.extend(_insight(label, work, clock, contestant, options))
+            return rates
+
+        ours[routing] = _alone(partial(Ours, work, device, routing == "balanced", recomputed), measured)
     for kernel, routing in product(options.peers, ours):
         label = f"{work.name}, {work.layers} layers, {routing} routing: transformers {kernel}"
+        make = partial(Theirs, work, device, routing == "balanced", kernel)
         try:
-            with _contestant(lambda k=kernel, r=routing: Theirs(work, device, r == "balanced", k)) as contestant:
-                rates = _rates(work, clock, contestant.step, options)
+            rates = _alone(make, lambda contestant: _rates(work, clock, contestant.step, options))
         except torch.OutOfMemoryError:
             print(f"{label}: out of memory on as many layers as ours, left out", file=sys.stderr)
             continue
         rows.append(Row.of(label, "TFLOP/s", [each / 1e12 for each in rates]))
         rows.append(Row.of(f"{label}, ours against it", "ratio", [each / median(rates) for each in ours[routing]]))
     return rows, work.layers
+
+
+def _insight(label: str, work: Any, clock: Any, contestant: Any, options: argparse.Namespace) -> Iterator[Row]:
+    """What is to be known beside the speed, and the trace if one is wanted."""
+    import torch
+
+    yield from _shares(label, work, clock, contestant, options)
+    yield Row(f"{label}: busiest expert over the mean", contestant.imbalance(), "ratio")
+    if torch.cuda.is_available():
+        yield Row(f"{label}: memory at most", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    if options.trace is not None:
+        _trace(options.trace, work.name, contestant.step)
 
 
 def _fitted(work: Any, device: Any, options: argparse.Namespace, recomputed: frozenset[str]) -> Any:
@@ -108,8 +119,7 @@ def _fitted(work: Any, device: Any, options: argparse.Namespace, recomputed: fro
     while True:
         tried = with_layers(work, layers)
         try:
-            with _contestant(lambda made=tried: Ours(made, device, False, recomputed)) as contestant:
-                contestant.step()
+            _alone(partial(Ours, tried, device, False, recomputed), lambda contestant: contestant.step())
             return tried
         except torch.OutOfMemoryError as error:
             if layers == 1:
@@ -118,20 +128,16 @@ def _fitted(work: Any, device: Any, options: argparse.Namespace, recomputed: fro
             layers -= 1
 
 
-@contextmanager
-def _contestant(make: Callable[[], Any]) -> Iterator[Any]:
-    """One at a time has the device's memory."""
+def _alone(make: Callable[[], Any], use: Callable[[Any], T]) -> T:
+    """One contestant at a time has the device's memory: what the one before left behind goes first, also after it ran
+    out of it."""
     import torch
 
-    contestant = make()
-    try:
-        yield contestant
-    finally:
-        del contestant
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return use(make())
 
 
 def _rates(work: Any, clock: Any, step: Callable[[], None], options: argparse.Namespace) -> list[float]:

@@ -123,9 +123,9 @@ def test_weight_gradients_may_come_later(kinds: Any, expected: Callable[..., dic
 @pytest.mark.parametrize(
     ("degrees", "kinds", "changes"),
     [
-        ((2, 2, 1, 1), "full", {}),
+        pytest.param((2, 2, 1, 1), "full", {}, marks=pytest.mark.soak),
         ((2, 1, 2, 1), "selective", {}),
-        ((2, 1, 1, 2), ["moe"], {}),
+        pytest.param((2, 1, 1, 2), ["moe"], {}, marks=pytest.mark.soak),
         ((3, 1, 3, 1), "full", {}),  # uneven experts
         ((4, 2, 2, 2), "full", DROPPING),
         ((4, 2, 2, 2), ["attention", "experts"], {}),
