@@ -73,12 +73,16 @@ def refuse_dirty_tree(allow_dirty: bool) -> dict[str, Any]:
     return measured
 
 
-def write_result(path: Path, config: dict[str, Any], measured: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write the result file; `measured` is what `refuse_dirty_tree` found before the first sample."""
+def write_result(
+    path: Path, config: dict[str, Any], measured: dict[str, Any], rows: Sequence[Row], emulated_compute: bool = False
+) -> None:
+    """Write the result file; `measured` is what `refuse_dirty_tree` found before the first sample. `emulated_compute`:
+    ranks waited instead of computing (`cluster.device: timed`), which tables say beside every number."""
     document = {
         "schema_version": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config,
+        **({"emulated_compute": True} if emulated_compute else {}),
         "versions": measured,
         "rows": [row.document() for row in rows],
     }

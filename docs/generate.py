@@ -59,6 +59,7 @@ def _result_rows(path: Path) -> Iterator[str]:
             continue
         met = "yes" if row["met"] else f"no: {row.get('reason') or 'no reason given'}"
         measured, goal = _number(row["value"], row["unit"]), _number(row["goal"], row["unit"])
+        measured += " (emulated compute)" if document.get("emulated_compute") else ""
         goal = f"at most {goal}" if row.get("at_most") else goal
         link = f"[{len(row['samples']) or 'file'}](benchmarks/results/{path.name})"
         cells = [f"{what}: {row['name']}", measured, goal, met, f"{hardware}, {month[:4]}-{month[4:]}", commit, link]

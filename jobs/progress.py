@@ -175,6 +175,8 @@ class Progress:
             f"grad_norm={float(data['grad_norm']):.2f} tok/s={format_tokens(rate)} world={self.world} "
             f"goodput={goodput:.2f} eta={format_seconds(remaining)}"
         )
+        if self.job.emulates_compute:
+            line += " (emulated compute)"
         if step % training.log_every_steps and step != 1 and step != training.steps:
             self.wait(line)
             return None

@@ -37,6 +37,7 @@ def facts(summary: RunSummary) -> dict[str, Any]:
         "tokens": progress.tokens,
         "tokens_per_s": progress.tokens_per_s,
         "seconds": progress.seconds,
+        "emulated_compute": summary.shape.emulates_compute,
         "world": summary.shape.world,
         "layout": summary.shape.layout,
         "generation": summary.shape.generation,
@@ -66,7 +67,7 @@ def lines(folder: RunFolder, summary: RunSummary, now_ns: int) -> list[str]:
     rate = f", {progress.tokens_per_s:,.0f} tokens/s" if progress.tokens_per_s else ""
     age = duration((now_ns - summary.created_ns) / 1e9)
     told = [
-        f"{summary.run_id}  {outcome.status}{state}{reason}",
+        f"{summary.run_id}  {outcome.status}{state}{reason}{', emulated compute' * summary.shape.emulates_compute}",
         f"  folder       {folder.path}",
         f"  created      {_iso(summary.created_ns)}, {age} ago; ran for {duration(progress.seconds)}{again}",
         f"  steps        {progress.steps:,}{of}; {progress.tokens:,} tokens{rate}",

@@ -82,7 +82,7 @@ def _cluster(job: Job, place: Place, progress: Progress) -> Iterator[ClusterAcce
 
 def _local_gpus(job: Job) -> range:
     """All of this machine's GPUs, if they serve for every rank; none otherwise. Raises UserError if they must."""
-    if job.cluster.device == "cpu":
+    if job.cluster.device in ("cpu", "timed"):
         return range(0)
     there, wanted = _count_gpus(), job.cluster.num_workers
     if there >= wanted:
@@ -112,6 +112,8 @@ def _plan(prepared: Prepared) -> RunPlan:
     device, workers = prepared.job.cluster.device, prepared.job.cluster.num_workers
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) >= workers else "cpu"
+    elif device == "timed":
+        device = "cpu"
     return RunPlan(
         run_id=prepared.folder.run_id,
         folder=prepared.folder.path,

@@ -1,6 +1,7 @@
 """What memory does a piece of code ask for? torch's own record of every tensor, and Python's of everything else.
 
-`with recorded() as found: ...`, then `found.peak_bytes`. A file that is mapped is no allocation: its pages are the
+`with recorded() as found: ...`, then `found.peak_bytes`. `with Living() as living: ...`, then `living.num_bytes()` of
+what is still there, whichever thread let go of the rest. A file that is mapped is no allocation: its pages are the
 kernel's cache of the file, and only those that are read are there.
 """
 
@@ -14,8 +15,11 @@ from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Allocations", "recorded"]
+__all__ = ["Allocations", "Living", "recorded"]
 
 
 @dataclass
@@ -62,3 +66,24 @@ def _all_below(events: Iterable[Any]) -> Iterator[Any]:
     for event in events:
         yield event
         yield from _all_below(event.children)
+
+
+class Living(TorchDispatchMode):
+    """Knows every storage that this thread's operations return, and holds none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given:
+                storage = result.untyped_storage()
+                self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return results
+
+    def num_bytes(self) -> int:
+        """Of what is new and still there."""
+        return sum(size for storage, size in self._seen.values() if not storage.expired())

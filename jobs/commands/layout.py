@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +13,8 @@ from concertina.layout import Layout, draw
 from jobs.output import Output, OutputOption, next_commands, print_json, short_bytes, short_number
 
 if TYPE_CHECKING:  # bare degrees need neither YAML nor the schema
+    from concertina.config import Job
+    from concertina.planner.activations import Activations
     from concertina.planner.memory import Extremes, RankBytes
     from jobs.opening import OpenedJob
 
@@ -79,7 +81,8 @@ def _open(file: str, world: int | None, degrees: dict[str, int]) -> OpenedJob:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a job's model is and takes, and which layers each stage has."""
+    """What a job's model is and takes, and which layers each stage has. `micro_batch`: sequences of one on the first
+    rank, whose `activations` are counted where it computes all layers of whole sequences."""
 
     total: int
     active: int
@@ -88,6 +91,8 @@ class _Cost:
     precision: str
     bytes_per_rank: Extremes
     stages: str
+    micro_batch: int
+    activations: Activations | None
 
     def to_json(self) -> dict[str, Any]:
         found = self.bytes_per_rank
@@ -98,6 +103,7 @@ class _Cost:
                 "largest": {"rank": found.largest, **found.most.to_json()},
                 "smallest": {"rank": found.smallest, **found.least.to_json()},
             },
+            "activations": None if self.activations is None else asdict(self.activations),
         }
 
     def lines(self) -> list[str]:
@@ -110,7 +116,16 @@ class _Cost:
             f"training    {_short_flops(self.flops_per_token)} a token: products of forward and backward, causal "
             f"attention over {self.sequence_length} tokens",
             *self._memory(),
+            *self._activations(),
         ]
+
+    def _activations(self) -> list[str]:
+        found = self.activations
+        if found is None:
+            return []
+        again = f", and {short_bytes(found.again)} of a layer while it is computed again" if found.again else ""
+        tokens = f"{self.micro_batch} x {self.sequence_length} tokens"
+        return [f"activations {short_bytes(found.kept)} of a micro-batch of {tokens}, even routing{again}"]
 
     def _memory(self) -> list[str]:
         found = self.bytes_per_rank
@@ -141,7 +156,8 @@ def _cost(opened: OpenedJob) -> _Cost:
 
     model, length, precision = opened.job.model, opened.job.data.sequence_length, opened.job.training.precision
     held, flops = extremes(model, opened.layout, precision), flops_per_token(model, length)
-    return _Cost(*count_parameters(model), flops, length, precision, held, _stages(opened))
+    micro = _activations(opened.job, opened.layout)
+    return _Cost(*count_parameters(model), flops, length, precision, held, _stages(opened), *micro)
 
 
 def _stages(opened: OpenedJob) -> str:
@@ -156,3 +172,19 @@ def _stages(opened: OpenedJob) -> str:
 
     pieces = [range(stage, layout.pieces, layout.pp) for stage in range(layout.pp)]
     return ", ".join(f"pp{stage} {' '.join(map(shown, each))}" for stage, each in enumerate(pieces))
+
+
+def _activations(job: Job, chosen: Layout) -> tuple[int, Activations | None]:
+    """Sequences of a micro-batch on the first rank, and what it keeps of them."""
+    from concertina.planner.activations import activations
+    from concertina.planner.traffic import Sender
+
+    training = job.training
+    share = -(-training.global_batch_size // chosen.dp)
+    sequences = min(share, training.micro_batch_size or share)
+    if chosen.pp > 1 or chosen.cp > 1:
+        return sequences, None
+    sequence_parallel = job.layout.sequence_parallel
+    sender = Sender(job.model, chosen, 0, training.precision, sequence_parallel, recomputed=training.recomputed)
+    on_gpu = job.cluster.device == "cuda" or (job.cluster.device == "auto" and training.precision == "bfloat16")
+    return sequences, activations(sender, job.data.sequence_length, sequences, "cuda" if on_gpu else "cpu")

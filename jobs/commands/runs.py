@@ -58,7 +58,7 @@ def list_command(
         print_json(shown)
         return
     if output is TableOutput.CSV:
-        columns = (*LIST_COLUMNS, "created", "reason")
+        columns = (*LIST_COLUMNS, "created", "reason", "emulated_compute")
         print_table(columns, [[run[column] for column in columns] for run in shown], output)
         return
     if not shown:
@@ -131,7 +131,8 @@ def _row(run: dict[str, Any]) -> list[Any]:
     losses = [None if run[name] is None else f"{run[name]:.4f}" for name in ("train_loss", "val_loss")]
     rate = None if run["tokens_per_s"] is None else f"{run['tokens_per_s']:,.0f}"
     progress = [f"{run['steps']}{of}", *losses, f"{run['tokens']:,}", rate, duration(run["seconds"])]
-    return [run["run_id"], run["status"], *progress, run["world"], run["created"][:19]]
+    status = run["status"] + ", emulated compute" * run["emulated_compute"]
+    return [run["run_id"], status, *progress, run["world"], run["created"][:19]]
 
 
 def _steps(folder: RunFolder) -> list[list[Any]]:

@@ -135,11 +135,12 @@ def print_summary(folder: Any, reason: str, output: Output) -> None:
                 "goodput": found.ledger.goodput if found.ledger is not None else None,
                 "usd": found.ledger.usd if found.ledger is not None else None,
                 "status": found.outcome.status.value,
+                **({"emulated_compute": True} if shape.emulates_compute else {}),
             }
         )
         return
     rows = [
-        ("run", found.run_id),
+        ("run", found.run_id + ", emulated compute" * shape.emulates_compute),
         ("status", found.outcome.status.value + (f": {reason}" if reason else "")),
         ("steps", f"{progress.steps} of {progress.target_steps}"),
         ("training loss", _number(progress.train_loss)),

@@ -143,6 +143,15 @@ layout: 4
         ("name: x\ntraining: {learning_rate: .inf}", "x.yaml:2: training.learning_rate: expected a finite number"),
         ("name: x\ntraining: {steps: 2.5}", "x.yaml:2: training.steps: expected a whole number, got 2.5"),
         ("name: x\ntraining: {steps: '5'}", "x.yaml:2: training.steps: expected a whole number, got '5'"),
+        (
+            "name: x\ntraining: {activation_checkpointing: [norm, expert]}",
+            "x.yaml:2: training.activation_checkpointing: expected norm, activation, permute, core, experts, "
+            "attention, moe or mlp, got 'expert', did you mean experts?",
+        ),
+        (
+            "name: x\ntraining:\n  activation_checkpointing: selectiv",
+            "x.yaml:3: training.activation_checkpointing: expected none, selective or full, got 'selectiv', did",
+        ),
         ("name: x\ntraining: {adam_beta1: 1}", "x.yaml:2: training.adam_beta1: 1 is too large, must be less than 1"),
         ("- 1", "x.yaml:1: a job file holds keys"),
         ("", "x.yaml:1: a job file holds keys"),
@@ -241,3 +250,18 @@ def test_later_problems_find_their_line_too(tmp_path: Path) -> None:
     assert str(read.problem("layout.ep", "no")).endswith("a.yaml:3: layout.ep: no")
     assert str(read.problem("layout.tp", "no")) == "--set: layout.tp: no"
     assert str(read.problem("training.steps", "no")).endswith("a.yaml:1: training.steps: no")
+
+
+@pytest.mark.parametrize(
+    ("written", "kinds"),
+    [
+        ("none", set()),
+        ("selective", {"norm", "activation", "permute"}),
+        ("full", {"layer"}),
+        ("[moe, norm]", {"moe", "norm"}),
+        ("[]", set()),
+    ],
+)
+def test_what_is_computed_again(tmp_path: Path, written: str, kinds: set[str]) -> None:
+    (tmp_path / "x.yaml").write_text(f"name: x\ntraining: {{activation_checkpointing: {written}}}\n")
+    assert load_job(tmp_path / "x.yaml").training.recomputed == kinds

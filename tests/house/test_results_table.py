@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.axes import row_name
-from benchmarks.results import Row
+from benchmarks.results import Row, write_result
 from docs.generate import AWAITED, axes_table, results_table, table_in
 from tests.house.tree import ROOT
 
@@ -45,6 +45,13 @@ def test_a_bound_from_above_is_met_below_it(tmp_path: Path) -> None:
     fast, slow = results_table(tmp_path).splitlines()[2:4]
     assert "| 1.5 s | at most 2 s | yes |" in fast
     assert "| 2.5 s | at most 2 s | no: x |" in slow
+
+
+def test_what_was_measured_with_waits_says_so(tmp_path: Path) -> None:
+    path, measured = tmp_path / "bubbles_2core_202611.json", {"git": {"commit": COMMIT, "dirty": False}}
+    for emulated in (True, False):
+        write_result(path, {}, measured, [Row.of("bubble", "ratio", [0.2], 0.1)], emulated_compute=emulated)
+        assert ("| 0.20 x (emulated compute) | 0.10 x | yes |" in results_table(tmp_path)) == emulated
 
 
 def test_the_newest_result_of_a_question_and_machine_counts(tmp_path: Path) -> None:

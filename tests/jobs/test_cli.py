@@ -13,8 +13,10 @@ import pytest
 from concertina import errors
 from concertina.config import load_job
 from concertina.layout import Layout
+from concertina.planner.activations import activations
 from concertina.planner.flops import flops_per_token
 from concertina.planner.memory import rank_bytes
+from concertina.planner.traffic import Sender
 from jobs.cli import COMMANDS, main
 
 pytestmark = pytest.mark.unit
@@ -170,8 +172,11 @@ def test_layout_of_a_job_prints_what_it_takes(run: Callable[..., Outcome]) -> No
         "largest": {"rank": 0, **held[0].to_json()},
         "smallest": {"rank": 2, **held[2].to_json()},
     }
+    kept = activations(Sender(job.model, layout, 0), 256, 3, "cpu").kept  # eight sequences over dp 3
+    assert document["activations"] == {"kept": kept, "again": 0}
     _, out, _ = run(*words)
     assert "\nmodel       4.9 M parameters, 2.3 M of them active for a token\n" in out
+    assert "MiB of a micro-batch of 3 x 256 tokens, even routing\n" in out.partition("\nactivations ")[2]
     assert (
         "\ntraining    14.2 MFLOP a token: products of forward and backward, causal attention over 256 tokens\n" in out
     )
@@ -192,6 +197,9 @@ def test_layout_of_equal_ranks_and_of_stages(run: Callable[..., Outcome]) -> Non
     assert "\nlayers      pp0 0-7, pp1 8-15, pp2 16-23, pp3 24-31\n" in out
     assert "\n  rank 48, most         3.06 GiB    8.85 GiB " in out
     assert "\nlayers      pp0 0 2, pp1 1 3\n" in run("layout", "quickstart-pipeline")[1]
+    document = json.loads(run("layout", "mixtral-8x7b", "-o", "json")[1])
+    assert document["bytes_per_rank"]["largest"]["rank"] == 48
+    assert document["activations"] is None
 
 
 def test_layout_ends_with_the_next_command(run: Callable[..., Outcome]) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from concertina.config import Job
 from concertina.elastic.account import Account, Bucket
 from concertina.track.events import EventLog, EventType
 from concertina.track.recovery import MemberNews, MemberWhat
-from concertina.track.run import RunFolder
+from concertina.track.run import RunFolder, create_run
 from jobs.progress import Progress
-from tests.track.a_run import RECOVERY, end, make_run, start, step_data
+from tests.track.a_run import FACTS, RECOVERY, end, make_run, start, step_data
 
 pytestmark = pytest.mark.unit
 
@@ -116,6 +117,18 @@ def test_a_rate_is_not_averaged_over_a_change(folder: RunFolder) -> None:
         for step in range(6, 11):
             log.append(EventType.STEP, step_data(step), step=step)
     assert "tok/s=200 " in told(folder)[-1]
+
+
+def test_ranks_that_only_wait_are_told_on_every_line(tmp_path: Path) -> None:
+    job = Job.model_validate({"name": "quick", "training": {"log_every_steps": 10}, "cluster": {"device": "timed"}})
+    folder = create_run(tmp_path, job, FACTS)
+    with EventLog(folder.events_file, folder.run_id) as log:
+        start(log)
+        for step in range(1, 21):
+            log.append(EventType.STEP, step_data(step), step=step)
+    lines = [line for line in told(folder) if line.startswith("step=")]
+    assert len(lines) == 3
+    assert all(line.endswith("(emulated compute)") for line in lines)
 
 
 def test_a_node_has_a_short_name_for_people(folder: RunFolder) -> None:

@@ -20,7 +20,7 @@ from jobs.cli import main
 from jobs.commands.train import print_summary
 from jobs.output import Output
 from jobs.run_facts import duration
-from tests.track.a_run import RECOVERY, end, make_run, start, train, whole_run
+from tests.track.a_run import LAYOUT, RECOVERY, end, make_run, start, train, whole_run
 
 pytestmark = pytest.mark.unit
 
@@ -224,6 +224,25 @@ def test_the_summary_of_train_has_one_line_of_goodput(run: RunFolder, capsys: py
     assert (found["goodput"], found["usd"]) == (0.84, pytest.approx(0.1))
     print_summary(run, "", Output.TEXT)
     assert "goodput          not recorded\n" in capsys.readouterr().out
+
+
+def test_a_run_whose_ranks_only_wait_is_marked_everywhere(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(run.storage, name="waits")
+    with EventLog(folder.events_file, folder.run_id) as log:
+        log.append(EventType.START, {"world": 4, "layout": LAYOUT, "emulated_compute": True})
+        train(log, 1, 3)
+        end(log)
+    assert concertina("runs", "list") == concertina("runs", "show", folder.run_id) == 0
+    print_summary(folder, "", Output.TEXT)
+    told = [line for line in capsys.readouterr().out.splitlines() if "emulated compute" in line]
+    assert len(told) == 3
+    assert all(folder.run_id in line for line in told)
+    assert concertina("runs", "list", "-o", "json") == 0
+    marks = {found["run_id"]: found["emulated_compute"] for found in json.loads(capsys.readouterr().out)}
+    assert marks == {folder.run_id: True, run.run_id: False}
+    for each in (folder, run):
+        print_summary(each, "", Output.JSON)
+        assert ("emulated_compute" in json.loads(capsys.readouterr().out)) == (each is folder)
 
 
 def test_sync_sends_mlflow_the_rest(

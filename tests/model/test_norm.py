@@ -32,3 +32,17 @@ def test_bfloat16_is_computed_in_float32() -> None:
     narrow = rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5)
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(narrow, rms_norm(x.bfloat16().to(torch.float32), weight, 1e-5).bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_torchs_kernel_on_a_gpu_computes_the_same() -> None:
+    x, dy = (torch.randn(33, 64, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    weight = torch.linspace(0.5, 2.0, 64).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        given = [tensor.to(device).requires_grad_() for tensor in (x, weight)]
+        y = rms_norm(*given, 1e-5)
+        found.append([y, *torch.autograd.grad(y, given, dy.to(device))])
+    for ours, theirs in zip(*found, strict=True):
+        assert error(theirs.cpu().double(), ours.double()) < 1e-2

@@ -177,6 +177,15 @@ def test_padded_and_alone_the_counts_never_visit_the_host() -> None:
 
 
 @pytest.mark.unit
+def test_layers_of_a_micro_batch_share_one_plan_of_padded_rows() -> None:
+    dispatcher, (x, ids, _) = Dispatcher(EXPERTS, Groups.alone()), inputs(0)
+    first, again, other = (dispatcher.start_dispatch(x, ids, some(0), [rows]).finish() for rows in (4, 4, 5))
+    assert again.counts_E is first.counts_E
+    assert (first.counts_E.tolist(), other.counts_E.tolist()) == ([4] * EXPERTS, [5] * EXPERTS)
+    assert dispatcher.start_dispatch(x, ids, some(0), [4]).finish().counts_E.tolist() == [4] * EXPERTS
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
 @pytest.mark.parametrize("padding", [False, True])
 def test_dropping_alone(rank: int, padding: bool) -> None:

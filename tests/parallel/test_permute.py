@@ -57,6 +57,18 @@ def test_combine_weights_and_sums(dtype: torch.dtype) -> None:
     assert close(dweights, expected_weights, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_sums_on_a_gpu(dtype: torch.dtype) -> None:
+    """In one pass, added in fp32."""
+    torch.manual_seed(0)
+    order, rows, weights = expert_order(IDS), torch.randn(10, 6).to(dtype), torch.rand(5, 2).to(dtype)
+    placed = expert_order(IDS.cuda())
+    y = combine(rows.cuda(), weights.cuda(), placed)
+    assert close(y.cpu(), combine(rows.double(), weights.double(), order), dtype)
+
+
 def test_gradients_of_expanded_outputs() -> None:
     """A sum's gradient has stride zero."""
     order = expert_order(IDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from concertina.planner.traffic import (
     crossing,
     dispatch,
     even_counts,
+    micro_batch,
     seconds,
     step,
     zero,
@@ -43,13 +45,24 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
     engine.adopt(engine.prepare(Seating(layout, tuple(range(layout.world)), owners), rank, groups, "initial"))
     engine.fill_seconds()
     routed: list[list[int]] = []
+    forward = [False]  # routers are asked again in the backward of what is computed again
 
     def note(_: Any, __: Any, output: Any) -> None:
-        routed.append(output.expert_ids_RK.flatten().bincount(minlength=job.model.num_experts).tolist())
+        if forward[-1]:
+            routed.append(output.expert_ids_RK.flatten().bincount(minlength=job.model.num_experts).tolist())
 
     for module in engine.decoder.modules():
         if isinstance(module, Router):
             module.register_forward_hook(note)
+    advance = engine.decoder.advance
+
+    def noted(*arguments: Any) -> Any:
+        forward.append(True)
+        found = advance(*arguments)
+        forward.append(False)
+        return found
+
+    engine.decoder.advance = noted  # type: ignore[method-assign]
     with recording(engine.groups) as records:
         engine.train_step(1)
     pieces = engine._micro_batches(job.training.global_batch_size)
@@ -58,8 +71,9 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
 
 
 def sender_of(job: Job, degrees: Degrees, rank: int, has_second: bool = False) -> Sender:
-    how = job.layout.sequence_parallel, has_second, job.layout.context_exchange
-    return Sender(job.model, layout_of(degrees), rank, job.training.precision, *how)
+    training, layout = job.training, job.layout
+    how = layout.sequence_parallel, has_second, layout.context_exchange, training.recomputed
+    return Sender(job.model, layout_of(degrees), rank, training.precision, *how)
 
 
 def expected(sender: Sender, ranks: list[dict[str, Any]], length: int) -> Traffic:
@@ -141,6 +155,34 @@ def test_latents_are_what_is_gathered(query: int, sequence_parallel: bool) -> No
     job = tiny_job(model=model, training__precision="float32", layout={"sequence_parallel": sequence_parallel})
     check(job, (2, 2, 2, 1))
     assert sender_of(job, (2, 2, 2, 1), 0).latent_width == (query or 32) + 16 + 6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("kinds", "sequence_parallel"),
+    [("full", True), ("full", False), (["attention"], True), (["moe", "norm"], True), (["mlp"], True)],
+    ids=str,
+)
+def test_what_is_computed_again_is_sent_again(kinds: str | list[str], sequence_parallel: bool) -> None:
+    job = tiny_job(
+        training__activation_checkpointing=kinds,
+        layout={"sequence_parallel": sequence_parallel},
+        model__qk_norm="full",
+    )
+    check(job, (4, 2, 2, 2))
+
+
+@pytest.mark.unit
+def test_only_regions_that_communicate_send_more() -> None:
+    job, degrees = tiny_job(), (4, 2, 2, 2)
+    plain = sender_of(job, degrees, 0)
+    routing = [even_counts(plain, 48)] * plain.moe_layers
+    usual, full, selective = (
+        micro_batch(replace(plain, recomputed=frozenset(kinds)), 12, 4, routing)
+        for kinds in ((), ("layer",), ("norm", "activation", "permute", "core", "experts"))
+    )
+    assert selective == usual
+    assert all(full[key] > usual[key] for key in usual if key[1] != "all_reduce")
 
 
 @pytest.mark.dist

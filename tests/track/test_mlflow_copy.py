@@ -18,7 +18,7 @@ from concertina.config.schema import Job
 from concertina.track.events import EventLog, EventType
 from concertina.track.mlflow_copy import Copier, CopyState
 from concertina.track.run import RunFolder
-from tests.track.a_run import end, expected_rows, make_run, rows, start, step_data, the_run, train, whole_run
+from tests.track.a_run import LAYOUT, end, expected_rows, make_run, rows, start, step_data, the_run, train, whole_run
 
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -165,6 +165,16 @@ def test_a_resume_continues_the_same_run(storage: Path) -> None:
     assert (run.info.status, run.data.params["training.steps"]) == ("FINISHED", "12")
     assert run.data.tags["concertina.replayed_steps"] == "6-8"
     assert run.data.tags["concertina.sessions"] == "2"
+    assert "concertina.emulated_compute" not in run.data.tags
+
+
+def test_a_run_whose_ranks_only_wait_has_a_tag(storage: Path) -> None:
+    folder = make_run(storage, steps=2)
+    with EventLog(folder.events_file, folder.run_id) as log:
+        log.append(EventType.START, {"world": 4, "layout": LAYOUT, "emulated_compute": True})
+        train(log, 1, 2)
+        end(log)
+    assert the_run(copy(folder), folder).data.tags["concertina.emulated_compute"] == "true"
 
 
 @pytest.mark.parametrize(

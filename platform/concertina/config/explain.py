@@ -38,14 +38,17 @@ _BOUND = {
 
 def explain(error: ValidationError, tree: Entry) -> list[Problem]:
     """One problem a line, each at the place its value was written, in the order of the schema."""
-    problems: dict[str, Problem] = {}
+    problems: dict[str, tuple[bool, Problem]] = {}
     for fault in error.errors(include_url=False):
         path = _path(fault["loc"], tree)
         for key, text in _lines(fault, path):
             place = tree.nearest(key.split(".")).place
-            # a union reports once a branch; its first complaint is enough
-            problems.setdefault(key + text if fault["type"] == "value_error" else key, Problem(place, key, text))
-    return list(problems.values())
+            # a union reports once a branch; its first complaint is enough, or that of the branch that took the list
+            name = key + text if fault["type"] == "value_error" else key
+            inside = bool(fault["loc"]) and isinstance(fault["loc"][-1], int)
+            if name not in problems or (inside and not problems[name][0]):
+                problems[name] = inside, Problem(place, key, text)
+    return [problem for _, problem in problems.values()]
 
 
 @cache

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 Precision = Literal["float64", "float32", "bfloat16"]
+Recomputed = Literal["norm", "activation", "permute", "core", "experts", "attention", "moe", "mlp"]
+_CHEAP: tuple[Recomputed, ...] = ("norm", "activation", "permute")
 AnomalyAction = Literal["skip", "stop", "roll_back"]
 
 
@@ -228,6 +230,12 @@ class TrainingConfig(Section):
     """Sequences a rank computes at once; absent: all of its share, on pipeline stages one (or a capacity group)."""
     precision: Precision = "float32"
     """Of weights and activations; `bfloat16` keeps fp32 master weights, `float64` exists for equality tests."""
+    activation_checkpointing: Literal["none", "selective", "full"] | tuple[Recomputed, ...] = "none"
+    """What the backward computes again rather than finds in memory. `full`: every layer, of which the input alone is
+    kept, for a third more computation; `selective`: what no product is done twice for, [norm, activation, permute]; or
+    a list of: `norm` (their outputs), `activation` (SwiGLU's products), `permute` (rows sorted by expert, where they
+    need not travel), `core` (inside attention: rotated heads, on a CPU probabilities), `experts` (their products),
+    `attention`, `moe`, `mlp` (halves of layers: with experts, dense)."""
     seed: NonNegative = 0
     """Of the initial weights and the order of the data."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -250,6 +258,14 @@ class TrainingConfig(Section):
     eval_sequences: Positive = 64
     """Held-out sequences a validation reads, the same ones each time; of a mixture as many of each source."""
     anomaly: AnomalyConfig = AnomalyConfig()
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """The kinds of `activation_checkpointing`; `layer` is all of one."""
+        chosen = self.activation_checkpointing
+        if isinstance(chosen, tuple):
+            return frozenset(chosen)
+        return frozenset({"none": (), "selective": _CHEAP, "full": ("layer",)}[chosen])
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:
@@ -298,8 +314,12 @@ class ClusterConfig(Section):
     """Ranks, one process each."""
     num_nodes: Positive = 2
     """Ray nodes of the cluster that `concertina train` starts when none is given by --address."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: cuda (backend nccl) where Ray has GPUs, else cpu (gloo)."""
+    device: Literal["auto", "cpu", "cuda", "timed"] = "auto"
+    """`auto`: cuda (backend nccl) where Ray has GPUs, else cpu (gloo). `timed`: ranks on CPUs that wait instead of
+    computing, for measuring what is between computations; all that such a run says is marked *emulated compute*."""
+    timed_s_per_token: Annotated[float, Field(gt=0)] = 1e-5
+    """Seconds that one rank alone takes for one token in one layer with experts, forward; the backward takes twice as
+    long, dense layers and the head in proportion. 1e-5 leaves the rest of a small model's step well below."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs a rank reserves in Ray."""
     threads_per_worker: Positive = 1
@@ -374,6 +394,11 @@ class Job(Section):
     elastic: ElasticConfig = ElasticConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def emulates_compute(self) -> bool:
+        """Whether ranks only wait where others compute."""
+        return self.cluster.device == "timed"
 
     @model_validator(mode="after")
     def _fits(self) -> Job:

@@ -19,6 +19,7 @@ from concertina.model.norm import Pieces, RMSNorm
 from concertina.model.parameters import Build, Part
 from concertina.model.rope import Rotation, rotate
 from concertina.model.sight import Sight
+from concertina.parallel.recompute import region
 
 __all__ = ["Attention", "attend", "attend_apart", "core"]
 
@@ -105,4 +106,4 @@ class Attention(Part):
         return linear(heads_BSNGC.reshape(-1, self.output[0].numel()), self.output.flatten(1))
 
     def forward(self, x_TD: Tensor, num_sequences: int, sight: Sight) -> Tensor:
-        return self.combine_heads(attend(*self.project(x_TD, num_sequences), sight))
+        return self.combine_heads(region("core", attend, *self.project(x_TD, num_sequences), sight))

@@ -17,33 +17,40 @@ from concertina.model.router import Routing
 from concertina.model.sight import Sight
 from concertina.model.span import Span
 from concertina.parallel.dispatch import Dispatcher
+from concertina.parallel.recompute import layer, region
 
 __all__ = ["Block"]
 
 
 class Block(Part):
-    """Layer number `layer`: attention, then experts or a dense MLP."""
+    """Layer number `number` of the model: attention, then experts or a dense MLP."""
 
-    def __init__(self, build: Build, layer: int, dispatcher: Dispatcher) -> None:
-        super().__init__(build, f"layers.{layer}")
+    def __init__(self, build: Build, number: int, dispatcher: Dispatcher) -> None:
+        super().__init__(build, f"layers.{number}")
         self.attention_norm = ResidualNorm(build, f"{self.prefix}.attention_norm")
         attention = LatentAttention if build.model.kv_lora_rank else Attention
         self.attention = attention(build, f"{self.prefix}.attention")
         self.feed_forward_norm = ResidualNorm(build, f"{self.prefix}.feed_forward_norm")
         self.moe: MoE | None = None
         self.mlp: SwiGLU | None = None
-        if build.model.is_moe_layer(layer):
+        if build.model.is_moe_layer(number):
             self.moe = MoE(build, f"{self.prefix}.moe", dispatcher)
         else:
             self.mlp = SwiGLU(build, f"{self.prefix}.mlp")
 
     def attend(self, x_RD: Tensor, span: Span, sight: Sight) -> Tensor:
         """The attention half."""
+        return region("attention", self._attend, x_RD, span, sight)
+
+    def _attend(self, x_RD: Tensor, span: Span, sight: Sight) -> Tensor:
         entered = self.attention.enter(self.attention_norm(x_RD), span.num_tokens)
         return x_RD + self.build.lanes.leave(self.attention(entered, span.num_sequences, sight))
 
     def feed_forward(self, x_RD: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
         """The other half; a dense layer has no routing."""
+        return region("moe" if self.moe is not None else "mlp", self._feed_forward, x_RD, span)
+
+    def _feed_forward(self, x_RD: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
         normed = self.feed_forward_norm(x_RD)
         if self.moe is not None:
             y_RD, routing = self.moe(normed, span)
@@ -53,4 +60,7 @@ class Block(Part):
         return x_RD + lanes.leave(self.mlp(lanes.enter(normed, span.num_tokens))), None
 
     def forward(self, x_RD: Tensor, span: Span, sight: Sight) -> tuple[Tensor, Routing | None]:
+        return layer(self._both, x_RD, span, sight)
+
+    def _both(self, x_RD: Tensor, span: Span, sight: Sight) -> tuple[Tensor, Routing | None]:
         return self.feed_forward(self.attend(x_RD, span, sight), span)

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class DeferredGradients:
 
     def push(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> None:
         """Later, add what `compute` returns to the gradients of `weights`: parameters, or views and casts of one."""
+        weights = [_leaf_itself(weight) for weight in weights]
         self._items.append(_Item(weights, compute))
         self._owed.update(id(_parameter_of(weight)) for weight in weights)
 
@@ -55,6 +57,16 @@ class DeferredGradients:
         """Compute all that is left."""
         while self._items:
             self.run_next()
+
+
+def _leaf_itself(weight: Tensor) -> Tensor:
+    """A parameter for what autograd kept of it, which is another object where saving was hooked into; views and casts
+    as they are."""
+    if weight.grad_fn is not None:
+        return weight
+    accumulator: Any = torch.autograd.graph.get_gradient_edge(weight).node
+    leaf: Tensor = accumulator.variable
+    return leaf
 
 
 def _parameter_of(weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from concertina.model.linear import linear
 from concertina.model.mlp import swiglu
 from concertina.model.parameters import Build, Part
 from concertina.model.product import product, row_window
+from concertina.parallel.recompute import again
 
 __all__ = [
     "ExpertKernel",
@@ -70,7 +71,7 @@ class _Blocks(torch.autograd.Function):
             inside = slice(start - low, stop - low)
             h = product(x_RD[low:high], first)
             gate, up = h.chunk(2, -1)
-            silu = F.silu(gate)
+            silu = again("activation", F.silu, gate)
             y_RD[start:stop] = product(silu * up, second)[inside]
             kept += [h[inside], silu[inside]]
         ctx.save_for_backward(x_RD, w13, w2, *kept)

@@ -23,6 +23,7 @@ __all__ = ["IGNORED", "Vocabulary", "cross_entropy_sum", "head_gradient"]
 
 IGNORED = -100
 _CHUNK_LOGITS = 1 << 21  # 8 MiB in fp32: three quarters of the time are products that want many rows at once
+_CHUNK_LOGITS_CUDA = 1 << 28  # 1 GiB: each chunk reads the whole head's weight, which wants a thousand rows to pay
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
 
 def _chunks(x_TD: Tensor, vocabulary: Vocabulary) -> list[slice]:
     """Tokens whose logits are made together: the same ones on every lane, however its rows are cut."""
-    rows = max(1, _CHUNK_LOGITS // vocabulary.most_rows)
+    logits = _CHUNK_LOGITS_CUDA if x_TD.device.type == "cuda" else _CHUNK_LOGITS
+    rows = max(1, logits // vocabulary.most_rows)
     return [slice(start, start + rows) for start in range(0, x_TD.shape[0], rows)]
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
+from concertina.parallel.recompute import again
 
 __all__ = ["SwiGLU", "swiglu"]
 
@@ -22,9 +23,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_T2F: Tensor) -> Tensor:
         gate, up = h_T2F.chunk(2, -1)
-        silu = F.silu(gate)
+        silu = again("activation", F.silu, gate)
         ctx.save_for_backward(h_T2F, silu)
-        return silu * up
+        return again("activation", torch.mul, silu, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from concertina.model.parameters import Build, Part
 from concertina.model.router import Router, Routing
 from concertina.model.span import Span
 from concertina.parallel.dispatch import Dispatcher
+from concertina.parallel.recompute import region
 
 __all__ = ["MoE", "SharedExpert"]
 
@@ -63,7 +64,7 @@ class MoE(Part):
         dispatching = self.dispatcher.start_dispatch(routed_RD, routing.expert_ids_RK, routing.kept_RK, padded)
         shared_RD = self.shared(x_RD, span) if self.shared is not None else None
         received = dispatching.finish()
-        out_QD = self.experts(received.rows_QD, received.counts_E)
+        out_QD = region("experts", self.experts, received.rows_QD, received.counts_E)
         y_RD = self.dispatcher.start_combine(received, out_QD, routing.weights_RK).finish()
         y_RD = lanes.count_once(y_RD)
         return (y_RD if shared_RD is None else y_RD + shared_RD), routing

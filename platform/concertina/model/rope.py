@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,13 +66,33 @@ def _size(scaling: RopeScalingConfig) -> float:
     return growth(scaling.factor, scaling.mscale) / growth(scaling.factor, scaling.mscale_all_dim)
 
 
+class _Rotate(torch.autograd.Function):
+    """The backward turns back: a rotation's transpose is its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Computed in the precision of the angles, rounded once."""
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (first, second), (out_first, out_second) = x.chunk(2, -1), turned.chunk(2, -1)
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-1.0))
+    out_second.copy_((second * cos).addcmul_(first, sin))
+    return turned
+
+
 def rotate(x_BSC: Tensor, turn: Rotation) -> Tensor:
     """Turn each pair (p, p + P) of every head; x is [B, S, ..., C], the result has its shape and dtype."""
     shape = (turn.cos_SP.shape[0], *(1,) * (x_BSC.dim() - 3), turn.cos_SP.shape[1])
-    cos, sin = turn.cos_SP.view(shape), turn.sin_SP.view(shape)
-    first, second = x_BSC.chunk(2, -1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.to(x_BSC.dtype)
+    return _Rotate.apply(x_BSC, turn.cos_SP.view(shape), turn.sin_SP.view(shape))
 
 
 def side_by_side(x: Tensor) -> Tensor:

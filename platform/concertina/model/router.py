@@ -22,6 +22,7 @@ from concertina.model.linear import linear
 from concertina.model.parameters import Build, Part
 from concertina.model.span import Span
 from concertina.parallel.collectives import all_reduce_sum
+from concertina.parallel.recompute import again
 
 __all__ = ["Router", "Routing", "balance_sum", "count_experts", "whole_batch_balance", "z_sum"]
 
@@ -63,7 +64,7 @@ class Router(Part):
         model, lanes = self.build.model, self.build.lanes
         logits_RE = self._logits(x_RD, span)
         scores_RE = score(logits_RE, model)
-        ids_RK = choose(scores_RE, self.bias, model)
+        ids_RK = self.choose(scores_RE)
         weights_RK = weigh(scores_RE, ids_RK, model)
         counts_BE, counts_E = self._count(ids_RK, span)
         return Routing(
@@ -76,13 +77,17 @@ class Router(Part):
             span.quota.keep(ids_RK, scores_RE.gather(1, ids_RK)) if span.quota is not None else None,
         )
 
+    def choose(self, scores_RE: Tensor) -> Tensor:
+        """The experts of each token: int64 [R, K]."""
+        return choose(scores_RE, self.bias, self.build.model)
+
     def _logits(self, x_RD: Tensor, span: Span) -> Tensor:
         """x w, in training with noise: x w + N(0, 1) * softplus(x w_noise).
 
         Source: noisy top-k gating (Shazeer et al. 2017, equation 4). The losses see what the choice sees.
         """
         wide = torch.promote_types(x_RD.dtype, torch.float32)
-        x_RD = x_RD.to(wide)
+        x_RD = again("norm", Tensor.to, x_RD, wide)
         logits_RE = linear(x_RD, self.router.to(wide))
         if span.place is None or not self.build.model.router_noise:
             return logits_RE

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from concertina.layout.box import cut
 from concertina.parallel.collectives import Pending, all_gather_v, all_to_all_v, gather_counts, reduce_scatter_v
 from concertina.parallel.groups import Groups
 from concertina.parallel.permute import Order, combine, expert_order, kept_order, padded_order, reorder, spread
+from concertina.parallel.recompute import again
 
 __all__ = ["Combining", "Dispatcher", "Dispatching", "Received"]
 
@@ -85,6 +87,7 @@ class Dispatcher:
         ep = groups["ep"]
         self._ranges = [cut(num_experts, ep.size, index) for index in range(ep.size)]
         self.local_experts = self._ranges[ep.rank]
+        self._padded_plan: tuple[tuple[Any, ...], tuple[_Route, Tensor]] | None = None  # the last one asked for
 
     def start_dispatch(
         self,
@@ -102,19 +105,23 @@ class Dispatcher:
         counts = _count(expert_ids_TK, self.num_experts, kept_TK)
         if kept_TK is None:
             order = expert_order(expert_ids_TK)
-            rows_RD = spread(x_TD, order)  # before the host waits for the counts
+            rows_RD = self._spread(x_TD, order)  # before the host waits for the counts
             route, counts_E = self._plan(counts)
         elif padded is None:
             order = kept_order(expert_ids_TK, kept_TK, self.num_experts)
             route, counts_E = self._plan(counts)
             order = order.first(sum(route.sent) if self.groups["etp_ep"].size > 1 else int(counts.sum()))
-            rows_RD = spread(x_TD, order)
+            rows_RD = self._spread(x_TD, order)
         else:
             order = padded_order(expert_ids_TK, kept_TK, counts, padded[self.groups["etp_ep"].rank])
-            rows_RD = spread(x_TD, order)
+            rows_RD = self._spread(x_TD, order)
             route, counts_E = self._plan_padded(padded, counts)
         pending = all_to_all_v(rows_RD, route.sent, route.received, self.groups["ep"])
         return Dispatching(self, pending, counts_E, order, route)
+
+    def _spread(self, x_TD: Tensor, order: Order) -> Tensor:
+        """Rows that travel are no longer here when the backward wants them."""
+        return spread(x_TD, order) if self.groups["etp_ep"].size > 1 else again("permute", spread, x_TD, order)
 
     def start_combine(self, received: Received, out_QD: Tensor, weights_TK: Tensor) -> Combining:
         """Start sending the experts' outputs `out_QD`, in the order of `received.rows_QD`, back to their tokens."""
@@ -141,7 +148,14 @@ class Dispatcher:
         return _Route(sent, received, gathered, *_regrouping(sources_SE, sum(gathered))), sources_SE.sum(0)
 
     def _plan_padded(self, padded: Sequence[int], like: Tensor) -> tuple[_Route, Tensor]:
-        """The same from what every rank of etp_ep sends to every expert: nothing to exchange, nothing to wait for."""
+        """The same from what every rank of etp_ep sends to every expert: nothing to exchange, nothing to wait for. All
+        layers of a micro-batch ask for the same."""
+        key = (*padded, like.device)
+        if self._padded_plan is None or self._padded_plan[0] != key:
+            self._padded_plan = key, self._make_padded_plan(padded, like)
+        return self._padded_plan[1]
+
+    def _make_padded_plan(self, padded: Sequence[int], like: Tensor) -> tuple[_Route, Tensor]:
         etp, mine = self.groups["etp"], padded[self.groups["etp_ep"].rank]
         here = self.local_experts[1] - self.local_experts[0]
         by_lane = [padded[lane :: etp.size] for lane in range(etp.size)]  # etp is fastest

@@ -70,8 +70,8 @@ def _sum_choices(rows_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) ->
     """y_t = sum over k of weight_tk * rows[slot_tk], added in the order of k, in at least fp32."""
     if not len(rows_RD):  # no tokens, or all their choices were dropped
         return rows_RD.new_zeros(len(slot_TK), rows_RD.shape[1])
-    if rows_RD.device.type == "cpu" and rows_RD.dtype == torch.float32:
-        # One pass over memory; the general way below makes the gathered [T, K, D] first.
+    if rows_RD.device.type == "cuda" or (rows_RD.device.type == "cpu" and rows_RD.dtype == torch.float32):
+        # One pass over memory, added in fp32; the general way below makes the gathered [T, K, D] first.
         return F.embedding_bag(slot_TK, rows_RD, mode="sum", per_sample_weights=weights_TK)
     num_tokens, k = slot_TK.shape
     gathered_TKD = rows_RD.index_select(0, slot_TK.view(-1)).view(num_tokens, k, rows_RD.shape[1])

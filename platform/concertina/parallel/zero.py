@@ -93,7 +93,8 @@ class Bucket:
     def start_gather(self, master: Tensor) -> Pending:
         """Send this rank's updated pieces to the group; `finish` writes every rank's pieces into the weights."""
         weights = next(iter(self.parameters.values())).dtype
-        mine = master.to(weights)
+        # Alone nothing travels: the copy into the weights rounds.
+        mine = master if self.group.size == 1 else master.to(weights)
         # The gradient buffer is free between reduce and the next backward, and is at least as wide.
         everyone = self.grads.view(-1).view(weights)[: mine.numel() * self.group.size]
         if self.group.size == 1:

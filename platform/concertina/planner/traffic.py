@@ -26,7 +26,7 @@ Sources: Korthikanti et al. 2022 (sequence parallelism), arXiv 2504.14960 (dispa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from concertina.config import ModelConfig, Precision
@@ -77,7 +77,8 @@ of experts."""
 
 @dataclass(frozen=True)
 class Sender:
-    """The rank whose bytes are counted, and what it computes with. `has_second`: another rank keeps its second copy."""
+    """The rank whose bytes are counted, and what it computes with. `has_second`: another rank keeps its second copy;
+    `recomputed`: the kinds of `training.activation_checkpointing`."""
 
     model: ModelConfig
     layout: Layout
@@ -86,6 +87,7 @@ class Sender:
     sequence_parallel: bool = True
     has_second: bool = False
     context_exchange: Exchange = "auto"
+    recomputed: frozenset[str] = frozenset()
 
     @property
     def element_bytes(self) -> int:
@@ -157,7 +159,30 @@ def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[C
     for layer in routing:
         moved = dispatch(sender, layer)
         parts += [moved, {key: count for key, count in moved.items() if key[1] != "counts"}]
-    return _sum(parts)
+    return _sum([*parts, *_computed_again(sender, tokens, max(1, sequences), routing)])
+
+
+def _computed_again(sender: Sender, tokens: int, sequences: int, routing: Sequence[Counts]) -> Iterator[Traffic]:
+    """What a micro-batch sends once more where regions of layers are computed again: up to the last product of the
+    region, whose way out nobody needs."""
+    model, kinds, tp = sender.model, sender.recomputed, sender.layout.tp
+    across = crossing(sender, tokens)
+    way_in = {key: sent for key, sent in across.items() if key[1] == "all_gather"}
+    way_out = {key: sent for key, sent in across.items() if key[1] != "all_gather"}
+    if {"layer", "attention"} & kinds:
+        yield _times(way_in, model.num_hidden_layers)
+        if model.qk_norm == "full":
+            yield _times(_all_reduce("tp", tp, sender.wide_bytes * tokens), 2 * model.num_hidden_layers)
+    if "layer" in kinds:  # attention is not the end
+        yield _times(way_out, model.num_hidden_layers)
+    if {"layer", "mlp"} & kinds:
+        yield _times(way_in, model.num_hidden_layers - sender.moe_layers)
+    if {"layer", "moe"} & kinds:
+        if sender.sequence_parallel:
+            yield _times(_all_reduce("tp", tp, sequences * model.num_experts * _COUNT_BYTES), sender.moe_layers)
+        if model.shared_expert_intermediate_size:
+            yield _times(across, sender.moe_layers)
+        yield from (dispatch(sender, layer) for layer in routing)
 
 
 def crossing(sender: Sender, tokens: int) -> Traffic:

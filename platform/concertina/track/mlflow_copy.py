@@ -158,6 +158,8 @@ class Copier:
         self._tags |= {f"concertina.{name}": str(event.data[name]) for name in names if event.data.get(name)}
         if event.type == EventType.START:
             self._tags["concertina.sessions"] = str(self._course.sessions)
+            if event.data.get("emulated_compute"):
+                self._tags["concertina.emulated_compute"] = "true"
             if self._course.sessions > 1:
                 self._log_facts(run)
         run.set_status(state, int(event.data.get("ended_ns") or event.ts_ns) // 1_000_000)

@@ -74,11 +74,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Shape:
-    """The newest membership."""
+    """The newest membership. `emulates_compute`: its ranks waited instead of computing, in some session at least."""
 
     world: int | None
     layout: Mapping[str, Any] | None
     generation: int
+    emulates_compute: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def summarize(folder: RunFolder) -> RunSummary:
         updated_ns=max(created_ns, tally.last_ns),
         outcome=tally.outcome(owner),
         progress=tally.progress(training.get("steps")),
-        shape=Shape(tally.world, tally.layout, tally.generation),
+        shape=Shape(tally.world, tally.layout, tally.generation, tally.emulates_compute),
         checkpoints=_checkpoints(folder.checkpoints),
         mlflow=_mlflow(folder),
         owner=owner,
@@ -185,6 +186,7 @@ class _Tally:
     ledger: LedgerTally = field(default_factory=LedgerTally)
     recoveries: deque[tuple[int, Recovery]] = field(default_factory=lambda: deque(maxlen=_SHOWN_RECOVERIES))
     num_recoveries: int = 0
+    emulates_compute: bool = False
 
     def add(self, event: Event) -> None:
         self.num_events += 1
@@ -220,6 +222,7 @@ class _Tally:
             self.anomalies += 1
         elif event.type == EventType.RECOVERY:
             self._recover(event)
+        self.emulates_compute |= bool(data.get("emulated_compute"))
         if event.type in (EventType.START, EventType.GENERATION):
             self.world = data.get("world", self.world)
             self.layout = data.get("layout", self.layout)

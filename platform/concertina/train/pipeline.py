@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from concertina.model import Batch, Decoder, ModelOutput
+from concertina.parallel.recompute import recomputing
 from concertina.parallel.reducer import GradientReducer
 from concertina.parallel.stages import Mailbox
 from concertina.schedule.pipeline import Action, Plan
@@ -33,10 +34,11 @@ class MicroBatch(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What a run that trains needs: the sum that gradients are of, and who takes them."""
+    """What a run that trains needs: the sum that gradients are of, who takes them, and what is computed again."""
 
     objective: Callable[[ModelOutput], Tensor]
     reducer: GradientReducer
+    recomputed: frozenset[str] = frozenset()
 
 
 class _Graph(NamedTuple):
@@ -92,8 +94,9 @@ class _Run:
         batch, x_in = self.batches[action.micro_batch], self.mailbox.take(action)
         if x_in is not None and self.backward is not None:
             x_in.requires_grad_()
-        x_out, routings = self.decoder.advance(action.piece, batch, x_in)
-        output = self.decoder.conclude(action.piece, batch, x_out, routings)
+        with recomputing(self.backward.recomputed if self.backward is not None else frozenset()):
+            x_out, routings = self.decoder.advance(action.piece, batch, x_in)
+            output = self.decoder.conclude(action.piece, batch, x_out, routings)
         goes_on = self.plan.after(action) is not None
         if goes_on:
             self.mailbox.send(action, x_out.detach())

@@ -18,6 +18,7 @@ from concertina.config import Job
 from concertina.layout import Seating, kv_copies
 from concertina.model import Decoder, Part
 from concertina.model.deferred import DeferredGradients
+from concertina.model.timed import pace_of, pretend
 from concertina.parallel.groups import KV, Groups
 from concertina.parallel.reducer import GradientReducer, make_buckets
 from concertina.parallel.underway import leave
@@ -61,6 +62,8 @@ class Share:
         training, initial = job.training, values == "initial"
         dtype = DTYPES[training.precision]
         self.decoder = Decoder(job.model, dtype, device, groups, training.seed, job.layout, initial)
+        if job.emulates_compute:
+            pretend(self.decoder, pace_of(job))
         self.shards = self.decoder.shards
         parameters: dict[str, Tensor] = dict(self.decoder.named_tensors())
         buckets = make_buckets(parameters, self.shards.values(), groups, training.weight_decay)

@@ -1,0 +1,151 @@
+"""Does autograd keep what the formulas say, of every kind of layer, with and without computing it again?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from concertina.config import Job
+from concertina.layout import Layout
+from concertina.model import ModelOutput, Place, experts
+from concertina.parallel.recompute import recomputing
+from concertina.planner.activations import activations, layer_bytes
+from concertina.planner.traffic import Sender
+from tests.allocations import Living, recorded
+from tests.distributed import on_ranks
+from tests.train.worlds import engine_on, tiny_job
+
+SEQUENCES, LENGTH = 8, 128
+KINDS: list[Any] = [
+    "none",
+    "selective",
+    "full",
+    ["norm"],
+    ["activation"],
+    ["permute"],
+    ["core"],
+    ["experts"],
+    ["experts", "permute"],
+    ["attention"],
+    ["moe"],
+    ["mlp", "norm"],
+]
+CASES = [*(("float32", kinds) for kinds in KINDS), *(("bfloat16", kinds) for kinds in KINDS[:3])]
+
+
+def job_of(layers: int, dense: int = 0, **changes: Any) -> Job:
+    model = {"num_hidden_layers": layers, "mlp_only_layers": list(range(dense)), "hidden_size": 64, "vocab_size": 53}
+    model |= {"moe_intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model |= changes.pop("model", {})
+    return tiny_job(**{"model": model, "data__sequence_length": LENGTH, "training__precision": "float32", **changes})
+
+
+def prepared(rank: int, store: Any, job: Job, degrees: dict[str, int]) -> Callable[[], ModelOutput]:
+    """The forward of one micro-batch."""
+    engine = engine_on(job, Layout(**({"world": 1} | degrees)), rank, store)
+    tokens, targets = engine.train.read(list(range(SEQUENCES)))
+    engine.reducer.arm(last=False)
+
+    def compute() -> ModelOutput:
+        with recomputing(job.training.recomputed):
+            return engine.decoder(tokens, targets, Place(1, 0))
+
+    return compute
+
+
+def kept(rank: int, store: Any, job: Job, degrees: dict[str, int]) -> int:
+    """What a forward leaves for its backward."""
+    compute = prepared(rank, store, job, degrees)
+    with Living() as living:
+        output = compute()
+    time.sleep(0.2 if store else 0.0)  # threads of gloo still let go of what they sent
+    assert output.loss_sum.requires_grad, "the graph lives until here"
+    return living.num_bytes()
+
+
+def peak(job: Job) -> int:
+    """The most there is at once, until the backward has ended."""
+    compute = prepared(0, None, job, {})
+    with recorded() as found:
+        output = compute()
+        (output.loss_sum + output.aux_sum + output.z_sum).backward()
+    return found.peak_bytes
+
+
+def of_one_more(job: Job, more: Job) -> float:
+    return kept(0, None, more, {}) - kept(0, None, job, {})
+
+
+def sender_of(job: Job, layout: Layout | None = None, rank: int = 0) -> Sender:
+    training = job.training
+    return Sender(job.model, layout or Layout(1), rank, training.precision, recomputed=training.recomputed)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("precision", "kinds"),
+    [*(("float32", kinds) for kinds in KINDS), *(("bfloat16", kinds) for kinds in KINDS[:3])],
+    ids=str,
+)
+def test_a_layer_with_experts_keeps_what_is_counted(precision: str, kinds: Any) -> None:
+    changes = {"training__precision": precision, "training__activation_checkpointing": kinds}
+    two, three = (job_of(layers, **changes) for layers in (2, 3))
+    counted = layer_bytes(sender_of(three), LENGTH, SEQUENCES, True, "cpu").kept
+    assert of_one_more(two, three) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("kinds", ["none", "selective", ["mlp"]], ids=str)
+def test_a_dense_layer(kinds: Any) -> None:
+    less, more = (job_of(layers, dense=layers, training__activation_checkpointing=kinds) for layers in (1, 2))
+    counted = layer_bytes(sender_of(more), LENGTH, SEQUENCES, False, "cpu").kept
+    assert of_one_more(less, more) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("kinds", ["none", ["activation"], ["experts"]], ids=str)
+def test_with_the_kernels_of_a_gpu(kinds: Any) -> None:
+    """Grouped products run on a CPU too, and in bfloat16 attention is torch's own there."""
+    changes = {"training__precision": "bfloat16", "training__activation_checkpointing": kinds}
+    two, three = (job_of(layers, **changes) for layers in (2, 3))
+    counted = layer_bytes(sender_of(three), LENGTH, SEQUENCES, True, "cuda").kept
+    with patch.object(experts, "choose_kernel", lambda *_: experts.experts_grouped_mm):
+        assert of_one_more(two, three) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("degrees", "kinds"),
+    [
+        ({"world": 2, "tp": 2}, "none"),
+        ({"world": 2, "tp": 2}, ["norm", "core"]),
+        ({"world": 2, "ep": 2}, "selective"),
+        ({"world": 2, "etp": 2}, ["activation", "permute"]),
+        ({"world": 2, "tp": 2, "ep": 2}, "full"),
+    ],
+    ids=str,
+)
+def test_on_a_layout(degrees: dict[str, int], kinds: Any) -> None:
+    """Of both ranks together: how many rows each gets is the router's, their sum is not."""
+    two, three = (job_of(layers, training__activation_checkpointing=kinds) for layers in (2, 3))
+    less, more = (sum(on_ranks(kept, 2, job, degrees)) for job in (two, three))
+    layout = Layout(**degrees)
+    counted = sum(layer_bytes(sender_of(three, layout, r), LENGTH, SEQUENCES, True, "cpu").kept for r in range(2))
+    assert more - less == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.unit
+def test_the_peak_of_a_step_falls_as_predicted() -> None:
+    """Six layers: what all keep, and the one that is computed again."""
+    peaks, counted = {}, {}
+    for kinds in ("none", "selective", "full"):
+        job = job_of(6, training__activation_checkpointing=kinds)
+        peaks[kinds] = peak(job)
+        counted[kinds] = activations(sender_of(job), LENGTH, SEQUENCES, "cpu").peak
+    for kinds in ("selective", "full"):
+        assert peaks["none"] - peaks[kinds] == pytest.approx(counted["none"] - counted[kinds], rel=0.1)
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
