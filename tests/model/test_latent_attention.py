@@ -12,6 +12,8 @@ from concertina.layout import Layout, shards
 from concertina.model.latent_attention import LatentAttention, attend_unequal
 from concertina.model.parameters import Build
 from concertina.model.rope import rotate, rotation, side_by_side
+from concertina.model.sight import Sight
+from concertina.parallel.context import Context
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
 from tests.model.errors import error
@@ -34,7 +36,7 @@ MODEL = ModelConfig(
 def attention(model: ModelConfig) -> LatentAttention:
     groups, lanes = Groups.alone(), Lanes(Groups.alone()["tp"])
     boxes = shards(model, Layout(1), 0)
-    build = Build(model, torch.float64, torch.device("cpu"), 3, boxes, groups, lanes)
+    build = Build(model, torch.float64, torch.device("cpu"), 3, boxes, groups, lanes, Context(groups["cp"]))
     return LatentAttention(build, "layers.0.attention")
 
 
@@ -60,12 +62,13 @@ def test_it_is_the_definition() -> None:
     part = attention(MODEL)
     x_TD = torch.randn(2 * 7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turn = rotation(torch.arange(7), 4, MODEL.rope_theta, torch.float64)
-    found = part(part.enter(x_TD, 14), 2, turn)
+    sight = Sight(7, part.build.context, turn)
+    found = part(part.enter(x_TD, 14), 2, sight)
     expected = torch.cat([written_out(part, x_TD[:7], 7), written_out(part, x_TD[7:], 7)])
     assert error(found, expected) < 1e-12
     others = x_TD.clone()
     others[6] += 1.0  # nobody before it, and nobody of the other sequence, may see it
-    again = part(part.enter(others, 14), 2, turn)
+    again = part(part.enter(others, 14), 2, sight)
     assert torch.equal(again[:6], found[:6])
     assert torch.equal(again[7:], found[7:])
     assert not torch.equal(again[6], found[6])
@@ -91,5 +94,6 @@ def test_pairs_side_by_side_are_the_halves_of_permuted_rows() -> None:
         pairs.latents.kv_down[10:] = halves.latents.kv_down[10:][back]
     x_TD = torch.randn(7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     turn = rotation(torch.arange(7), 4, MODEL.rope_theta, torch.float64)
-    expected = halves(halves.enter(x_TD, 7), 1, turn)
-    assert error(pairs(pairs.enter(x_TD, 7), 1, turn), expected) < 1e-14
+    sight = Sight(7, halves.build.context, turn)
+    expected = halves(halves.enter(x_TD, 7), 1, sight)
+    assert error(pairs(pairs.enter(x_TD, 7), 1, sight), expected) < 1e-14

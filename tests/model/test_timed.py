@@ -172,7 +172,7 @@ def test_the_same_bytes_travel() -> None:
     timed, real = (on_ranks(sent_by, 4, job, degrees) for job in (timed_job(), tiny_job(**QUICK)))
     for (ours, loss), (theirs, _) in zip(timed, real, strict=True):
         assert loss == pytest.approx(math.log(97), rel=1e-6)
-        assert ours.keys() == theirs.keys()
-        fixed = [key for key in ours if key[0] not in ("ep", "etp") and key != ("tp", "all_reduce")]
+        assert ours.keys() == theirs.keys() - {("tp", "all_reduce")}, "what lanes tell each other of the loss"
+        fixed = [key for key in ours if key[0] not in ("ep", "etp")]
         assert {key: ours[key] for key in fixed} == {key: theirs[key] for key in fixed}
         assert all(ours[key] > 0 for key in theirs if key[0] in ("ep", "etp"))

@@ -92,7 +92,7 @@ class ResidualNorm(RMSNorm):
     """RMSNorm of the residual stream, whose tokens every lane may hold alike."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return again("norm", rms_norm, x, self.gradient_weight(), self.build.model.rms_norm_eps)
+        return again("norm", rms_norm, x, self.gradient_weight(), self.epsilon)
 
     def gradient_weight(self) -> Tensor:
         return self.build.lanes.count_once(self.weight)

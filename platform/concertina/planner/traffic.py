@@ -151,24 +151,33 @@ def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[C
     if model.qk_norm == "full":  # queries and keys, forward and backward
         parts.append(_times(_all_reduce("tp", tp, per_token), 4 * model.num_hidden_layers))
     parts.append(_times(context(sender, length, sequences), model.num_hidden_layers))
-    counts = max(1, sequences) * model.num_experts * _COUNT_BYTES
-    sharers, lanes = ("tp_cp", tp) if sender.sequence_parallel else ("cp", 1)
-    parts.append(_times(_all_reduce(sharers, lanes * cp, counts), sender.moe_layers))
+    parts.append(_times(_counted(sender, max(1, sequences)), sender.moe_layers))
     if not sender.sequence_parallel:  # gradients of the tokens that every lane routes for itself
         parts.append(_times(_all_reduce("tp", tp, per_token * model.hidden_size), sender.moe_layers))
     for layer in routing:
         moved = dispatch(sender, layer)
         parts += [moved, {key: count for key, count in moved.items() if key[1] != "counts"}]
-    return _sum([*parts, *_computed_again(sender, tokens, max(1, sequences), routing)])
+    return _sum([*parts, *_computed_again(sender, length, max(1, sequences), routing)])
 
 
-def _computed_again(sender: Sender, tokens: int, sequences: int, routing: Sequence[Counts]) -> Iterator[Traffic]:
+def _counted(sender: Sender, sequences: int) -> Traffic:
+    """What one router's counts of sequences cost who has tokens of them."""
+    layout, whole = sender.layout, sequences * sender.model.num_experts * _COUNT_BYTES
+    if sender.sequence_parallel:
+        return _all_reduce("tp_cp", layout.tp * layout.cp, whole)
+    return _all_reduce("cp", layout.cp, whole)
+
+
+def _computed_again(sender: Sender, length: int, sequences: int, routing: Sequence[Counts]) -> Iterator[Traffic]:
     """What a micro-batch sends once more where regions of layers are computed again: up to the last product of the
     region, whose way out nobody needs."""
-    model, kinds, tp = sender.model, sender.recomputed, sender.layout.tp
+    model, kinds, tp, cp = sender.model, sender.recomputed, sender.layout.tp, sender.layout.cp
+    tokens = sequences * chunks_size(length, cp, sender.layout.coordinate(sender.rank, Axis.CP))
     across = crossing(sender, tokens)
     way_in = {key: sent for key, sent in across.items() if key[1] == "all_gather"}
     way_out = {key: sent for key, sent in across.items() if key[1] != "all_gather"}
+    if {"layer", "attention", "core"} & kinds:  # the backward's own exchange is counted already
+        yield _times(context(sender, length, sequences, again=True), model.num_hidden_layers)
     if {"layer", "attention"} & kinds:
         yield _times(way_in, model.num_hidden_layers)
         if model.qk_norm == "full":
@@ -178,8 +187,7 @@ def _computed_again(sender: Sender, tokens: int, sequences: int, routing: Sequen
     if {"layer", "mlp"} & kinds:
         yield _times(way_in, model.num_hidden_layers - sender.moe_layers)
     if {"layer", "moe"} & kinds:
-        if sender.sequence_parallel:
-            yield _times(_all_reduce("tp", tp, sequences * model.num_experts * _COUNT_BYTES), sender.moe_layers)
+        yield _times(_counted(sender, sequences), sender.moe_layers)
         if model.shared_expert_intermediate_size:
             yield _times(across, sender.moe_layers)
         yield from (dispatch(sender, layer) for layer in routing)
@@ -224,8 +232,9 @@ def _sum_over_lanes(sender: Sender, tokens: int, width: int) -> Traffic:
     return _all_reduce("tp", sender.layout.tp, tokens * width * sender.wide_bytes)
 
 
-def context(sender: Sender, length: int, sequences: int) -> Traffic:
-    """Keys and values of one layer to the other ranks of cp, forward and, with their gradients, backward."""
+def context(sender: Sender, length: int, sequences: int, again: bool = False) -> Traffic:
+    """Keys and values of one layer to the other ranks of cp, forward and, with their gradients, backward; or forward
+    alone, once `again`."""
     model, cp, place = sender.model, sender.layout.cp, sender.layout.coordinate(sender.rank, Axis.CP)
     if cp == 1:
         return {}
@@ -233,10 +242,14 @@ def context(sender: Sender, length: int, sequences: int) -> Traffic:
     row = max(1, sequences) * (kv[1] - kv[0]) * 2 * model.width_of_head
     own, after = (chunks_size(length, cp, index % cp) for index in (place, place + 1))
     if travels_in_ring(sender.context_exchange, length):
-        passed = 2 * (length - after) * sender.element_bytes + length * sender.wide_bytes
+        once = (length - after) * sender.element_bytes
+        passed = once if again else 2 * once + length * sender.wide_bytes
         return {("cp", "exchange"): row * passed}
+    gathered = (cp - 1) * own * row * sender.element_bytes
+    if again:
+        return {("cp", "all_gather"): gathered}
     return {
-        ("cp", "all_gather"): 2 * (cp - 1) * own * row * sender.element_bytes,
+        ("cp", "all_gather"): 2 * gathered,
         ("cp", "reduce_scatter"): (length - own) * row * sender.wide_bytes,
     }
 
