@@ -19,13 +19,6 @@ def find_root(run: str, storage: str) -> Path:
 
 def find_checkpoint(name: str, storage: str) -> Path:
     """A complete checkpoint. Raises NotFoundError."""
-    from concertina.errors import NotFoundError
-    from concertina.state.manifest import MANIFEST, list_checkpoints
+    from concertina.train.start import find_checkpoint
 
-    if (Path(name) / MANIFEST).exists():
-        return Path(name)
-    root = find_root(name, storage)
-    complete = list_checkpoints(root)
-    if not complete:
-        raise NotFoundError(f"no complete checkpoint in {root}: `concertina runs show` says how the run stands")
-    return complete[-1]
+    return find_checkpoint(name, Path(storage))

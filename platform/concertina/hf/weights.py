@@ -12,6 +12,7 @@ from concertina.hf.passage import Fill, Tensors
 from concertina.layout import Box, Layout, shards
 from concertina.state.boxed import BoxedTensor
 from concertina.state.checkpoint import load_boxes
+from concertina.state.fit import misfit
 from concertina.state.manifest import Manifest
 
 __all__ = ["check_model", "from_checkpoint", "is_bias", "key_of", "shapes_of"]
@@ -40,13 +41,9 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check_model(folder: Path, manifest: Manifest, model: ModelConfig) -> None:
     """Raises ConfigError unless the checkpoint's weights are those of the model."""
-    wanted = {key_of(name): shape for name, shape in shapes_of(model).items()}
-    held = {key: shape for key, shape in manifest.shapes.items() if not key.startswith("exp_avg")}
-    for key in sorted(wanted.keys() | held.keys()):
-        if wanted.get(key) != held.get(key):
-            there, here = (f"has shape {s[key]}" if key in s else "is not there" for s in (held, wanted))
-            name = key.partition("/")[2]
-            raise ConfigError(f"{folder} is of another model: {name} {there} in it, and {here} in the job", tensor=name)
+    found = misfit(manifest, model)
+    if found is not None:
+        raise ConfigError(f"{folder} is of another model: {found}")
 
 
 def from_checkpoint(folder: Path, rounded_to: torch.dtype | None = None) -> Fill:
