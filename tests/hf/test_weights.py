@@ -41,8 +41,14 @@ def test_names_and_shapes_are_those_of_the_checkpoint(checkpoint: Path) -> None:
     ("changes", "said"),
     [
         ({"hidden_size": 16}, "has shape"),
-        ({"router_bias": False}, r"layers\.1\.moe\.bias has shape \(8,\) in the checkpoint, and is not there in the job"),
-        ({"shared_expert_intermediate_size": 0}, r"shared\.w13 has shape .* in the checkpoint, and is not there in the job"),
+        (
+            {"router_bias": False},
+            r"layers\.1\.moe\.bias has shape \(8,\) in the checkpoint, and is not there in the job",
+        ),
+        (
+            {"shared_expert_intermediate_size": 0},
+            r"shared\.w13 has shape .* in the checkpoint, and is not there in the job",
+        ),
         ({"num_hidden_layers": 4}, r"layers\.3\.\S+ is not there in the checkpoint, and has shape"),
     ],
 )
