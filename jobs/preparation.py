@@ -19,7 +19,7 @@ from concertina.track.summary import summarize
 from concertina.train.start import check_tokenizer, find_start, starting_from
 from jobs.data_facts import often_repeated
 
-__all__ = ["NothingLeft", "Prepared", "forget", "prepare_new", "prepare_resume"]
+__all__ = ["NothingLeft", "Prepared", "forget", "prepare_new", "prepare_resume", "refuse_stages_on_gpus"]
 
 
 class NothingLeft(UserError):
@@ -146,8 +146,16 @@ def _prepare_beginning(job: Job) -> tuple[Job, Path, DataFacts]:
 
 
 def _refuse_unsupported(job: Job, layout: Layout) -> None:
-    """Tracking must go where we can write."""
+    """Tracking must go where we can write, and stages are on CPUs so far."""
     tracking_uri(job.tracking.tracking_uri, Path(job.storage_path))
+    if job.cluster.device == "cuda":
+        refuse_stages_on_gpus(layout)
+
+
+def refuse_stages_on_gpus(layout: Layout) -> None:
+    """Raises UserError for a pipeline over NCCL: a stage's receives, posted ahead, would hold up its sends there."""
+    if layout.pp > 1:
+        raise UserError(f"layout.pp={layout.pp} does not run on GPUs yet: set layout.pp to 1, or cluster.device to cpu")
 
 
 def _prepare_data(job: Job) -> tuple[Path, DataFacts]:

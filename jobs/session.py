@@ -14,7 +14,7 @@ from concertina.config import Job
 from concertina.elastic.chaos import Injection
 from concertina.errors import UserError
 from jobs.injections import break_on_purpose, get_ready_to_break
-from jobs.preparation import Prepared, forget
+from jobs.preparation import Prepared, forget, refuse_stages_on_gpus
 from jobs.progress import Progress
 from jobs.signals import Signals
 from jobs.watch import Watch
@@ -112,6 +112,8 @@ def _plan(prepared: Prepared) -> RunPlan:
     device, workers = prepared.job.cluster.device, prepared.job.cluster.num_workers
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) >= workers else "cpu"
+        if device == "cuda":
+            refuse_stages_on_gpus(prepared.layout)
     elif device == "timed":
         device = "cpu"
     return RunPlan(

@@ -19,7 +19,7 @@ from concertina.state.checkpoint import write_part
 from concertina.state.manifest import checkpoint_folder, commit, partial_folder
 from concertina.track.run import RunFolder, list_runs
 from concertina.track.summary import summarize
-from jobs.preparation import Prepared
+from jobs.preparation import Prepared, refuse_stages_on_gpus
 from jobs.run_facts import lines
 from jobs.which_run import Wanted, find
 from tests.actors.drive import write_job
@@ -149,3 +149,9 @@ def test_a_mixture_is_data_like_any_other(
     assert look("mixed", **words).resume_step == 3
     with pytest.raises(DataError, match=f"was trained on corpus {facts.fingerprint}, now it is"):
         look("mixed", "data.sources.ast.weight=2", **words)
+
+
+def test_stages_are_refused_on_gpus() -> None:
+    refuse_stages_on_gpus(Layout(4, tp=2))
+    with pytest.raises(UserError, match=r"layout\.pp=2 does not run on GPUs yet.*set layout\.pp to 1, or cluster"):
+        refuse_stages_on_gpus(Layout(4, pp=2))
