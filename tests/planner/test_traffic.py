@@ -172,6 +172,13 @@ def test_what_is_computed_again_is_sent_again(kinds: str | list[str], sequence_p
     check(job, (4, 2, 2, 2))
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("kinds", ["full", ["core"], ["moe"]], ids=str)
+def test_keys_and_values_are_sent_again_too(kinds: str | list[str], exchange: str) -> None:
+    check(tiny_job(training__activation_checkpointing=kinds, layout={"context_exchange": exchange}), (4, 2, 2, 1, 2))
+
+
 @pytest.mark.unit
 def test_only_regions_that_communicate_send_more() -> None:
     job, degrees = tiny_job(), (4, 2, 2, 2)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed import on_ranks
 from tests.train.test_layouts import assemble, check, gradients_of, odd_job, one_process, worst_error
-from tests.train.worlds import Degrees
+from tests.train.worlds import LATENT, Degrees
 
 pytestmark = pytest.mark.dist
 
@@ -56,6 +56,16 @@ def test_the_same_tokens_are_dropped(lanes: int, priority: str, sequences: int) 
             training__global_batch_size=8,
             layout={"sequence_parallel": together},
         )
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_keys_and_values_of_latents(exchange: str) -> None:
+    """Of several widths."""
+    check((4, 2, 2, 1, 2), "float64", 1e-10, layout={"context_exchange": exchange}, model=LATENT)
+
+
+def test_layers_are_computed_again_with_their_exchanges() -> None:
+    check((4, 1, 2, 1, 2, 2), "float64", 1e-10, training__activation_checkpointing="full")
 
 
 def test_noise_knows_positions_only() -> None:
