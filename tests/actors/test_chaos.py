@@ -145,7 +145,8 @@ def test_a_second_loss_in_each_phase_of_a_recovery(
     stage.ends_well(reference, nothing_left)
 
 
-@pytest.mark.parametrize("fatal", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("fatal", [False, True])
 def test_two_at_once(
     fatal: bool, start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:

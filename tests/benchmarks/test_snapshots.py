@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.snapshots import NOBODY, SECOND_OWNERS, WAYS, WHOLE_STATE, measure
 from tests.train.worlds import tiny_job
 
 
+@pytest.mark.soak
 def test_every_way_has_a_sample_a_round() -> None:
     (found,) = measure({"tiny": tiny_job()}, rounds=2).values()
     for way in WAYS:

@@ -252,6 +252,7 @@ WORDS = ("--run", NAME, *(word for change in CHANGES for word in ("--set", chang
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_the_same_command_goes_on_after_its_cluster_has_died(ground: Path, tmp_path: Path) -> None:
     """Before there is a checkpoint, with one, and when all is done."""
