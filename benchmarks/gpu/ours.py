@@ -18,7 +18,9 @@ from concertina.model.block import Block
 from concertina.model.parameters import Build, made
 from concertina.model.rope import rotation
 from concertina.model.router import Router
+from concertina.model.sight import Sight
 from concertina.model.span import Span
+from concertina.parallel.context import Context
 from concertina.parallel.dispatch import Dispatcher
 from concertina.parallel.groups import Groups
 from concertina.parallel.lanes import Lanes
@@ -73,7 +75,8 @@ class Ours:
         self.work, self.recomputed = work, recomputed
         groups, model, dtype = Groups.alone(), work.stack, torch.bfloat16
         table = shards(model, groups.layout, 0)
-        build = Build(model, dtype, device, 0, table, groups, Lanes(groups["tp"]), initial=False)
+        ways = Lanes(groups["tp"]), Context(groups["cp"])
+        build = Build(model, dtype, device, 0, table, groups, *ways, initial=False)
         dispatcher = Dispatcher(model.num_experts, groups)
         self.blocks = nn.ModuleList(Block(build, layer, dispatcher) for layer in range(work.layers))
         draw_weights(self.blocks, device)
@@ -88,22 +91,24 @@ class Ours:
         self.optimizer = ShardedAdamW(buckets, training)
         self.inputs = [x.flatten(0, 1) for x in draw_inputs(work, device, dtype, 2 * work.micro_batches)]
         tokens_B = torch.full((work.sequences,), work.length, device=device)
-        self.span = Span(work.sequences, work.length, 0, work.tokens, tokens_B)
         positions = torch.arange(work.length, device=device)
-        self.turn = rotation(positions, model.width_of_head, model.rope_theta, dtype)
+        self.span = Span(work.length, positions, 0, work.tokens, tokens_B)
+        turn = rotation(positions, model.width_of_head, model.rope_theta, dtype)
+        self.sight = Sight(work.length, build.context, turn)
         self.counts: list[Tensor] = []
 
     def forward_backward(self) -> None:
         """All micro-batches of a step; their gradients are summed in fp32."""
         work, model = self.work, self.work.model
         self.counts = []
+        self.reducer.begin()
         for number in range(work.micro_batches):
             self.reducer.arm(last=number == work.micro_batches - 1)
             x, dy = self.inputs[2 * number].detach().requires_grad_(), self.inputs[2 * number + 1]
             y, losses = x, x.new_zeros((), dtype=torch.float32)
             with recomputing(self.recomputed):
                 for block in self.blocks:
-                    y, routing = block(y, self.span, self.turn)
+                    y, routing = block(y, self.span, self.sight)
                     losses = losses + model.router_aux_loss_coef * routing.aux_sum
                     losses = losses + model.router_z_loss_coef * routing.z_sum
                     self.counts.append(routing.counts_E)
@@ -130,14 +135,14 @@ class Ours:
         block: Any = self.blocks[0]
         moe, x, dy = block.moe, self.inputs[0], self.inputs[1]
         with torch.no_grad():
-            normed = block.feed_forward_norm(block.attend(x, self.span, self.turn))
+            normed = block.feed_forward_norm(block.attend(x, self.span, self.sight))
             routing = moe.gate(normed, self.span)
             received = moe.dispatcher.start_dispatch(normed, routing.expert_ids_RK).finish()
             drows = torch.randn_like(received.rows_QD)
         weights = routing.weights_RK
 
         def attention(given: Tensor) -> None:
-            block.attend(given, self.span, self.turn).backward(dy)
+            block.attend(given, self.span, self.sight).backward(dy)
 
         def router(given: Tensor) -> None:
             found = moe.gate(given, self.span)

@@ -6,6 +6,7 @@ import json
 import pickle
 from itertools import product
 from math import prod
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -127,6 +128,19 @@ def test_pieces_of_the_model_are_dealt_out_in_turn() -> None:
     assert layout.layers_of(5, 3) == [2, 4]
     uneven = Layout(2, pp=2, stage_layers=(1, 4))
     assert [uneven.layers_of(5, rank) for rank in range(2)] == [[0], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"virtual": 2}, "virtual=2 needs stages"),
+        ({"pp": 2, "stage_layers": (3,)}, "stage_layers must be 2 positive numbers"),
+        ({"pp": 2, "stage_layers": (3, 0)}, "stage_layers must be 2 positive numbers"),
+    ],
+)
+def test_pieces_that_are_none_are_refused(given: Any, told: str) -> None:
+    with pytest.raises(LayoutError, match=told):
+        Layout(2, **given)
 
 
 def test_both_ends_of_the_model() -> None:

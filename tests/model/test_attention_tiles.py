@@ -114,6 +114,16 @@ def test_both_kernels_agree(rows: int, keys: int, causal: bool, masked: bool, dt
     assert max(error(a, b) for a, b in zip(found, wanted, strict=True)) < bound
 
 
+@pytest.mark.unit
+def test_scores_are_made_in_fp32_by_both_kernels() -> None:
+    """Large ones, which bfloat16 would round by a sixteenth."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (4 * torch.randn(4, G, 40, C, generator=generator).to(torch.bfloat16) for _ in range(3))
+    exact = WRITTEN_OUT.forward(TileInput(*(x.to(torch.float64) for x in (q, k, v)), True, None))[1]
+    for kernel in (FLASH_ON_CPU, WRITTEN_OUT):
+        assert error(kernel.forward(TileInput(q, k, v, True, None))[1].to(torch.float64), exact) < 1e-4
+
+
 # -- over ranks --------------------------------------------------------------------------------------------------------
 
 
@@ -163,14 +173,14 @@ def peak(rank: int, store: Any, cp: int, length: int, exchange: str) -> int:
 
 @pytest.mark.dist
 def test_memory_falls_with_cp() -> None:
-    """In a ring no rank ever has more than some pieces; gathered, it has what the keys of all positions need, and no
-    scores of them."""
+    """In a ring no rank ever has more than some pieces; gathered, it has keys, values and both their gradients of all
+    positions, in the order of ranks and in that of positions, and no scores of them."""
     length, row = 4096, 4 * C
     ring, gathered = ([max(on_ranks(peak, cp, cp, length, how)) / row for cp in (2, 4)] for how in ("ring", "gather"))
     assert max(rows * cp for rows, cp in zip(ring, (2, 4), strict=True)) < 32 * length
     assert ring[1] < 0.55 * ring[0]
     for some, all_ in zip(ring, gathered, strict=True):
-        assert all_ - some < 4 * length
+        assert all_ - some < 8 * length
 
 
 def long_attention(rank: int, store: Any, length: int) -> tuple[int, float]:

@@ -62,12 +62,16 @@ def half_a_message(rank: int, store: Any, receives: bool, waited_for: bool) -> d
     found: dict[str, Any] = {"ended": ending(pending)} if waited_for else {}
     wait_until(lambda: wires.are_dry)
     leave(wires)
-    found |= {"left over": left_over(), "whole": receives and bool((x == 2.0).all())}
+    found["left over"] = left_over()
     del groups, group, pending  # waits for no thread of gloo's, or this test does not end
     x.fill_(7.0)
     os.kill(pid, signal.SIGCONT)
     time.sleep(0.05)
     return found | {"intact": bool((x == 7.0).all())}
+
+
+TRIES = 5
+"""On a busy machine a message may have come as a whole, or not have begun, when its other end stands still."""
 
 
 def ending(pending: Any) -> str:
@@ -81,14 +85,14 @@ def ending(pending: Any) -> str:
 @pytest.mark.parametrize("waited_for", [True, False], ids=["waited for", "left"])
 @pytest.mark.parametrize("receives", [False, True], ids=["sends", "receives"])
 def test_who_waits_for_half_a_message_is_woken_by_the_fence(receives: bool, waited_for: bool) -> None:
-    for _ in range(5):
+    for _ in range(TRIES):
         found, other = run_distributed(half_a_message, 2, receives, waited_for, timeout_s=40)
-        if not found["whole"]:  # on a busy machine all of it may come before its sender stands still
+        assert found["intact"]
+        assert other["ended"] in ("broken", "done")
+        if found["left over"]:
             break
-    assert found.get("ended", "broken") == "broken"
     assert found["left over"] == 1, "gloo has mended what this is for?"
-    assert found["intact"]
-    assert other["ended"] in ("broken", "done")
+    assert found.get("ended", "broken") == "broken"
 
 
 def many_behind_half_a_message(rank: int, store: Any, number: int) -> dict[str, Any]:
@@ -114,7 +118,10 @@ def many_behind_half_a_message(rank: int, store: Any, number: int) -> dict[str, 
 
 
 def test_what_queues_behind_half_a_message_is_left_all_together() -> None:
-    found, _ = run_distributed(many_behind_half_a_message, 2, 12, timeout_s=40)
+    for _ in range(TRIES):
+        found, _ = run_distributed(many_behind_half_a_message, 2, 12, timeout_s=40)
+        if found["left over"]:
+            break
     assert found == {"begun": 12, "left over": 1, "underway": 0}
 
 

@@ -126,9 +126,10 @@ def test_a_step_sends_what_the_formulas_say(degrees: Degrees, kinds: set[tuple[s
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("degrees", [(2, 1, 1, 1, 2), (3, 1, 3, 1, 3), (4, 2, 2, 1, 2)], ids=str)
 def test_of_chunks_of_sequences(degrees: Degrees, exchange: str, precision: str) -> None:
-    """Pieces are of one size where there are twelve positions, of several where there are eleven."""
-    for length in (11, 12):
-        changes = {"layout": {"context_exchange": exchange}, "data__sequence_length": length}
+    """Pieces are of one size where there are twelve positions, of several with eleven; keys as wide as values
+    and not."""
+    for length, model in ((11, {}), (12, LATENT)):
+        changes = {"layout": {"context_exchange": exchange}, "data__sequence_length": length, "model": model}
         for traffic in check(tiny_job(training__precision=precision, **changes), degrees):
             assert ("cp", "exchange" if exchange == "ring" else "all_gather") in traffic
 

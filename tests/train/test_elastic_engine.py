@@ -27,7 +27,8 @@ from tests.train.worlds import engine_on, tiny_job, unconfigured
 
 pytestmark = pytest.mark.dist
 
-JOB = tiny_job(training__steps=16, model__router_bias_update_rate=0.01)
+JOB_CHANGES: dict[str, Any] = {"training__steps": 16, "model__router_bias_update_rate": 0.01}
+JOB = tiny_job(**JOB_CHANGES)
 LOSS_BOUND, STATE_BOUND = 1e-10, 1e-8
 
 ALL = {0: "a", 1: "a", 2: "b", 3: "b"}
@@ -365,7 +366,7 @@ EVERY_AXIS = [
 
 
 def test_with_stages_and_chunks(reference: dict[str, Any]) -> None:
-    results = run(EVERY_AXIS)
+    results = run(EVERY_AXIS, tiny_job(**JOB_CHANGES, training__micro_batch_size=2))
     check(results, EVERY_AXIS, reference)
     assert results[1]["completed"] == [4]
 

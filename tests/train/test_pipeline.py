@@ -13,13 +13,22 @@ import torch
 from concertina.config import Job
 from concertina.errors import LayoutError
 from concertina.layout import check_job
+from concertina.model.deferred import deferring
 from concertina.parallel.stages import Mailbox
 from concertina.schedule.pipeline import Action
 from tests.distributed import on_ranks
-from tests.train.test_layouts import assemble, check, gradients_of, odd_job, one_process, worst_error
-from tests.train.worlds import Degrees
+from tests.train.test_layouts import assemble, gradients_of, odd_job, one_process, worst_error
+from tests.train.test_layouts import check as check_layout
+from tests.train.worlds import Degrees, engine_on, layout_of
 
 pytestmark = pytest.mark.dist
+
+
+def check(degrees: Degrees, precision: str, bound: float, **changes: Any) -> None:
+    """In micro-batches of one sequence, or of one capacity group."""
+    rule = changes.get("model__capacity", {})
+    check_layout(degrees, precision, bound, **{"training__micro_batch_size": rule.get("group_sequences", 1), **changes})
+
 
 TESTED: list[Degrees] = [
     (2, 1, 1, 1, 1, 2),  # three layers on two stages
@@ -61,6 +70,31 @@ def test_pieces_of_any_size_and_a_shared_embedding(degrees: Degrees, tied: bool)
 def test_micro_batches_change_nothing(degrees: Degrees, micro: int) -> None:
     """Seven sequences, in the second layout four and three."""
     check(degrees, "float64", 1e-10, training__micro_batch_size=micro, **DEEP)
+
+
+def all_deferred(rank: int, store: Any, job: Job, degrees: Degrees) -> dict[str, Any]:
+    """As `gradients_of`, every weight's gradient computed later: while other pieces' last ones come."""
+    engine = engine_on(job, layout_of(degrees), rank, store)
+    backward = type(engine.reducer).arm
+
+    def run_some(reducer: Any, *arguments: Any) -> None:
+        backward(reducer, *arguments)
+        while len(engine.deferred) > 3:
+            engine.deferred.run_next()
+
+    with patch.object(type(engine.reducer), "arm", run_some), deferring(engine.deferred):
+        engine._forward_backward(1)
+        engine.deferred.run()
+    found = {}
+    for bucket, shard in zip(engine.reducer.buckets, engine.reducer.finish(), strict=True):
+        for name, (slot, view) in bucket.own_views(shard).items():
+            found[name] = (slot.box, engine.shards[name].global_shape, view.numpy().copy())
+    return {"gradients": found}
+
+
+def test_late_gradients_of_one_piece_come_among_those_of_another() -> None:
+    ranks = on_ranks(all_deferred, 2, odd_job(training__micro_batch_size=1, **DEEP), (2, 1, 1, 1, 1, 2, 2))
+    assert worst_error(assemble(ranks), assemble([one_process("float64", **DEEP)]))[0] < 1e-10
 
 
 def test_and_in_fp32_for_one_step() -> None:
@@ -109,7 +143,8 @@ def mutated(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str) ->
 )
 def test_a_mutation_is_seen(degrees: Degrees, mutation: str) -> None:
     changes = {"model__tie_word_embeddings": True}
-    found = assemble(on_ranks(mutated, degrees[0], odd_job(**changes), degrees, mutation))
+    job = odd_job(training__micro_batch_size=1, **changes)
+    found = assemble(on_ranks(mutated, degrees[0], job, degrees, mutation))
     assert worst_error(found, assemble([one_process("float64", **changes)]))[0] > 1e-6
 
 

@@ -294,7 +294,7 @@ class LayoutConfig(Section):
     them, and sends them all to the experts."""
     context_exchange: Literal["auto", "gather", "ring"] = "auto"
     """How keys and values get to the other ranks of cp: all at once, or from neighbour to neighbour, with no more than
-    two pieces on a rank; `auto`: in a ring for sequences of 32,768 tokens and more."""
+    three pieces on a rank; `auto`: in a ring for sequences of 32,768 tokens and more."""
 
     virtual_stages: Positive = 1
     """Pieces of the model on each pipeline stage; more than one are interleaved: a smaller bubble for more messages."""
@@ -411,6 +411,12 @@ class Job(Section):
         if self.data.tokenizer.path is None and words > rows:
             text = f"vocab_size={words} is more than model.vocab_size={rows}: the embedding would lack rows"
             problems.append(("data.tokenizer.vocab_size", text))
+        if self.emulates_compute:
+            # Their exchanges are inside what is only waited for.
+            real = [("layout.cp", self.layout.cp > 1), ("model.kv_lora_rank", bool(self.model.kv_lora_rank))]
+            for key, given in real:
+                if given:
+                    problems.append((key, "has no emulated compute yet: leave it out, or set cluster.device to cpu"))
         least, most = self.elastic.min_workers, self.cluster.num_workers
         if least > most:
             text = f"min_workers={least} is more than cluster.num_workers={most}: set it to {most} or less"

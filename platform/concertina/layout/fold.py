@@ -43,6 +43,10 @@ class Layout:
         degrees = {"pp": self.pp, "cp": self.cp, "tp": self.tp, "ep": self.ep, "etp": self.etp}
         given = {"world": self.world, **degrees, "virtual": self.virtual}
         found = [(key, f"{key}={value} must be at least 1") for key, value in given.items() if value < 1]
+        if self.virtual > 1 and self.pp == 1:
+            found.append(("virtual", f"virtual={self.virtual} needs stages: set pp to 2 or more"))
+        if self.stage_layers and (len(self.stage_layers) != self.pieces or min(self.stage_layers) < 1):
+            found.append(("stage_layers", f"stage_layers must be {self.pieces} positive numbers, one a piece"))
         found = found or misfits(self.world, degrees, lambda degrees: world_faults(self.world, degrees))
         if found:
             lines = [line for _, line in found]
@@ -147,5 +151,7 @@ class Layout:
             "world": self.world,
             "attention": {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp},
             "expert": {"pp": self.pp, "edp": self.edp, "ep": self.ep, "etp": self.etp},
+            **({"virtual": self.virtual} if self.virtual > 1 else {}),
+            **({"stage_layers": list(self.stage_layers)} if self.stage_layers else {}),
             "groups": {name: self.groups(name) for name in GROUPS},
         }

@@ -79,27 +79,27 @@ class _Sums:
     def __init__(self, kv_RMW: Tensor, dtype: torch.dtype, sight: Sight) -> None:
         self.context, self.length = sight.context, sight.length
         self.ring = self.context.travels_in_ring(self.length)
-        self._sources = list(self.context.sources())
+        self._sources = self.context.sources()
         self._passing: Pending[Tensor] | None = None
-        self._sum = kv_RMW.new_empty(0, dtype=dtype)
+        self._own = kv_RMW.new_empty(0, dtype=dtype)
 
     def add(self, dpiece: Tensor) -> None:
-        if not self.ring:
-            self._sum = dpiece
+        source = next(self._sources)
+        if not self.ring or source == self.context.group.rank:
+            self._own = dpiece
             return
-        # What neighbours have added to this piece's gradients comes behind the piece itself.
+        # What neighbours have added to this piece's gradients comes behind the piece itself, at last to who has it.
         if self._passing is not None:
             dpiece += self._passing.finish()
-        turn = self._sources.pop(0)
-        coming = (turn - 1) % self.context.group.size
+        coming = (source - 1) % self.context.group.size
         self._passing = self.context.start_pass(dpiece, self.context.sizes(self.length)[coming])
 
     def finish(self) -> Tensor:
         """Those of the piece here."""
         if not self.ring:
-            return self.context.scatter(self._sum, self.length)
+            return self.context.scatter(self._own, self.length)
         assert self._passing is not None
-        return self._passing.finish()
+        return self._own + self._passing.finish()
 
 
 def _merge(out: Tensor, logs: Tensor, more: Tensor, more_logs: Tensor) -> None:

@@ -168,6 +168,16 @@ class Decoder(nn.Module):
         assert found.keys() == self.shards.keys()
         return ((name, found[name]) for name in self.shards)
 
+    def names_in(self, piece: int) -> list[str]:
+        """The parameters of one piece here, by global name."""
+        layers = self.layout.piece_layers(self.model.num_hidden_layers, piece)
+        parts: list[nn.Module | None] = [self.by_number[number] for number in layers]
+        if piece == 0:
+            parts.append(self.embedding)
+        if piece == self.layout.pieces - 1:
+            parts += [self.norm, self.head, self.embedding if self.model.tie_word_embeddings else None]
+        return [name for part in parts if part is not None for name, _ in made(part)]
+
     def routers(self) -> Iterator[Router]:
         """The routers of the layers with experts that are here."""
         return (module for module in self.modules() if isinstance(module, Router))

@@ -4,7 +4,7 @@ Context parallelism: each rank of cp has two chunks of every sequence (`layout/c
 beyond them. Keys and values travel in one of two ways, with the same bytes. `gather`: every rank gets those of the
 whole sequence at once, for as long as one layer's attention takes (Llama 3, arXiv 2407.21783, section 3.3.2); gradients
 come back as a reduce-scatter. `ring`: each rank hands on what it got from its neighbour while it attends to it (Ring
-Attention, arXiv 2310.01889); no rank ever has more than two pieces, and their gradients travel along.
+Attention, arXiv 2310.01889); no rank ever has more than three pieces, and their gradients travel along.
 Shapes: S positions of a sequence, R of them here.
 """
 

@@ -7,7 +7,7 @@ one of two uses has come) holds its bucket back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from weakref import ReferenceType, ref
 
@@ -51,7 +51,6 @@ class GradientReducer:
     ) -> None:
         self.buckets = buckets
         self._owed, self._check = owed, check
-        self._last = False
         self.begin()
         for index, bucket in enumerate(buckets):
             for name, parameter in bucket.parameters.items():
@@ -62,11 +61,13 @@ class GradientReducer:
     def begin(self) -> None:
         """A step: nothing of it is here, whatever became of the one before."""
         self._missing = [set(bucket.parameters) for bucket in self.buckets]
+        self._final: set[str] = set()
         self._started = 0
 
-    def arm(self, last: bool) -> None:
-        """Before each backward; `last` says that after it the gradients it brings are complete."""
-        self._last = last
+    def arm(self, last: bool, names: Collection[str] | None = None) -> None:
+        """Before each backward; `last` says that it is the last one of the parameters `names` (absent: of all)."""
+        if last:
+            self._final.update(*self._missing) if names is None else self._final.update(names)
 
     def take(self, index: int, name: str, parameter: Tensor) -> None:
         """Take what autograd has added up in `parameter`, bucket `index`'s, and start what is complete."""
@@ -77,7 +78,7 @@ class GradientReducer:
         assert parameter.grad is not None
         self.buckets[index].accumulate(name, parameter.grad)
         parameter.grad = None
-        if owed or not self._last:
+        if owed or name not in self._final:
             return
         self._missing[index].discard(name)
         while self._started < len(self.buckets) and not self._missing[self._started]:

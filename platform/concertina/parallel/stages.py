@@ -42,10 +42,10 @@ class Mailbox:
         takers = (self.plan.after(action) for action in self.plan.actions[stage])
         return [taker for taker in takers if taker is not None and self.plan.stage_of(taker) == self.group.rank]
 
-    def _post(self, stage: int, until: Action | None = None) -> None:
-        """Be ready for the next messages of `stage`, for that of `until` in any case."""
+    def _post(self, stage: int) -> None:
+        """Be ready for the next messages of `stage`, which are taken in the order in which it sends them."""
         coming, posted = self._coming[stage], self._posted[stage]
-        while coming and (len(posted) < _AHEAD or (until is not None and until not in posted)):
+        while coming and len(posted) < _AHEAD:
             taker = coming.popleft()
             posted[taker] = exchange([], [(self._empty(taker.micro_batch), stage)], self.group)
 
@@ -55,7 +55,6 @@ class Mailbox:
         if maker is None:
             return None
         stage = self.plan.stage_of(maker)
-        self._post(stage, action)
         (x,) = self._posted[stage].pop(action).finish()
         self._post(stage)
         self._let_go(stage, self._place[maker])
@@ -78,6 +77,10 @@ class Mailbox:
             return
         stage = self.plan.stage_of(taker)
         self._sent[stage].append((taker, exchange([(x, stage)], [], self.group)))
+        # Without a backward nothing comes back that would tell. A stage may be ahead of another by a group of
+        # micro-batches, which is fewer than two a stage: fewer kept, and stages would wait for each other.
+        if not self.plan.has_backward and len(self._sent[stage]) > 2 * self.plan.num_stages + _AHEAD:
+            self._sent[stage].pop(0)[1].finish()
 
     def close(self) -> None:
         """Wait until all has arrived."""

@@ -128,8 +128,10 @@ class Sender:
 def step(sender: Sender, length: int, micro_batches: Sequence[int], routing: Sequence[Sequence[Counts]]) -> Traffic:
     """Everything of one training step, for micro-batches of so many sequences of `length` tokens.
 
-    `routing`: by micro-batch, by layer with experts. Raises ConfigError for a model that drops tokens.
+    `routing`: by micro-batch, by layer with experts. Raises ConfigError for a model that drops tokens, and for stages.
     """
+    if sender.layout.pp > 1:
+        raise ConfigError("what pipeline stages send each other is not counted yet: set layout.pp to 1")
     if sender.model.capacity.factor is not None:
         raise ConfigError("what ranks exchange to drop alike is not counted yet: leave model.capacity.factor out")
     computed = (micro_batch(sender, length, *each) for each in zip(micro_batches, routing, strict=True))
@@ -239,11 +241,12 @@ def context(sender: Sender, length: int, sequences: int, again: bool = False) ->
     if cp == 1:
         return {}
     kv = cut_heads(model, sender.layout.tp, sender.layout.coordinate(sender.rank, Axis.TP)).kv
-    row = max(1, sequences) * (kv[1] - kv[0]) * 2 * model.width_of_head
+    value_width = model.v_head_dim if model.kv_lora_rank else model.width_of_head
+    row = max(1, sequences) * (kv[1] - kv[0]) * (model.width_of_head + value_width)
     own, after = (chunks_size(length, cp, index % cp) for index in (place, place + 1))
     if travels_in_ring(sender.context_exchange, length):
         once = (length - after) * sender.element_bytes
-        passed = once if again else 2 * once + length * sender.wide_bytes
+        passed = once if again else 2 * once + (length - own) * sender.wide_bytes
         return {("cp", "exchange"): row * passed}
     gathered = (cp - 1) * own * row * sender.element_bytes
     if again:

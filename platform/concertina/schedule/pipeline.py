@@ -45,6 +45,10 @@ class Plan:
     def last_piece(self) -> int:
         return self.num_stages * self.virtual - 1
 
+    @property
+    def has_backward(self) -> bool:
+        return any(action.direction == "backward" for action in self.actions[0])
+
     def stage_of(self, action: Action) -> int:
         return action.piece % self.num_stages
 

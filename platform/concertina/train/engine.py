@@ -347,7 +347,7 @@ class Engine:
         exchange must come along. No piece parts `whole` consecutive ones."""
         shares = [share(range(count), self.layout.dp, index, whole) for index in range(self.layout.dp)]
         largest = len(shares[0])
-        micro_batch_size = self.job.training.micro_batch_size or (largest if self.layout.pp == 1 else whole)
+        micro_batch_size = self.job.training.micro_batch_size or (largest if self.job.layout.pp == 1 else whole)
         count = math.ceil(largest / micro_batch_size)
         return [[share(ids, count, piece, whole) for ids in shares] for piece in range(count)]
 
@@ -400,7 +400,7 @@ class Engine:
         shares = [cut(wanted, len(parts), index) for index in range(len(parts))]
         sums = [self._evaluate(part.sequences, b - a) for part, (a, b) in zip(parts, shares, strict=True)]
         found = all_reduce_sum(torch.cat(sums), self.groups.world).finish().view(-1, 2).tolist()
-        return {part.name: loss / tokens_seen for part, (loss, tokens_seen) in zip(parts, found, strict=True)}
+        return {part.name: loss / (tokens_seen or 1.0) for part, (loss, tokens_seen) in zip(parts, found, strict=True)}
 
     def _evaluate(self, view: Sequences, wanted: int) -> Tensor:
         """Loss and tokens, summed over this rank's part of so many held-out sequences, one at least."""
