@@ -160,7 +160,7 @@ def sampled(count: int, most_ranks: int) -> list[Degrees]:
         pp, tp, cp, ep, etp = (random.choice(divisors) for _ in range(5))
         virtual = random.randint(1, 3) if pp > 1 else 1
         stages: tuple[int, ...] = ()
-        if pp * virtual <= 6 and random.random() < 0.5:
+        if 1 < pp * virtual <= 6 and random.random() < 0.5:
             edges = sorted(random.sample(range(1, 6), pp * virtual - 1))
             stages = tuple(b - a for a, b in pairwise((0, *edges, 6)))
         layout = {"pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp, "virtual_stages": virtual}

@@ -40,7 +40,7 @@ def layout_with(job: Job, world: int, degrees: Degrees) -> Layout:
     """The layout of these degrees, which fit; stages have the job's pieces and layers where they are as many as its."""
     wanted, pp = job.layout, degrees["pp"]
     virtual = wanted.virtual_stages if pp > 1 and pp * wanted.virtual_stages <= job.model.num_hidden_layers else 1
-    as_wanted = pp == wanted.pp and virtual == wanted.virtual_stages
+    as_wanted = pp > 1 and pp == wanted.pp and virtual == wanted.virtual_stages
     return Layout(world, **degrees, virtual=virtual, stage_layers=(wanted.stage_layers or ()) if as_wanted else ())
 
 
