@@ -7,14 +7,13 @@ slowest rank's.
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 import time
 from datetime import timedelta
 from typing import Any
 
 from benchmarks.contestants import SHAPE, OneBatch, job_of_shape
 from benchmarks.results import Row
+from benchmarks.spawned import Bounds, answers_of
 from concertina.layout import Layout
 
 __all__ = ["LAYOUTS", "bytes_of_a_step", "measure_axes", "row_name", "rows_of_axes"]
@@ -39,21 +38,7 @@ TIMEOUT = timedelta(seconds=120)
 
 def measure_axes(rounds: int) -> dict[str, list[float]]:
     """Tokens per second under each layout, one sample a round, after two rounds of warm-up."""
-    from concertina.parallel.groups import make_store
-
-    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    store = make_store("127.0.0.1", listener.detach(), TIMEOUT)
-    context = multiprocessing.get_context("spawn")
-    answers: Any = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, store.port, rounds + 2, answers)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    try:
-        seconds = [answers.get(timeout=600) for _ in ranks]
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    seconds = answers_of(_rank, RANKS, Bounds(TIMEOUT, 600), rounds + 2)
     slowest = {name: [max(times) for times in zip(*(rank[name] for rank in seconds), strict=True)] for name in LAYOUTS}
     return {name: [SHAPE.tokens / each for each in times[2:]] for name, times in slowest.items()}
 

@@ -8,8 +8,6 @@ bubble is what remains when the stages' own work is taken away; sending, optimiz
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
+from benchmarks.spawned import Bounds, answers_of
 from concertina.config import Job
 from concertina.layout import Layout
 
@@ -69,23 +68,8 @@ class _Tokens:
 
 def measure(rounds: int, cases: list[tuple[int, int]] | None = None) -> dict[tuple[int, int], list[float]]:
     """Share of a step in which the stages do nothing, one sample a round, after a round of warm-up."""
-    from concertina.parallel.groups import make_store
-
     cases = CASES if cases is None else cases
-    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    store = make_store("127.0.0.1", listener.detach(), TIMEOUT)
-    context = multiprocessing.get_context("spawn")
-    answers: Any = context.Queue()
-    arguments = (store.port, rounds + 1, cases, answers)
-    ranks = [context.Process(target=_stage, args=(rank, *arguments)) for rank in range(STAGES)]
-    for process in ranks:
-        process.start()
-    try:
-        found = [answers.get(timeout=900) for _ in ranks]
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    found = answers_of(_stage, STAGES, Bounds(TIMEOUT, 900), rounds + 1, cases)
     samples: dict[tuple[int, int], list[float]] = {}
     for case in cases:
         steps = zip(*(stage[case] for stage in found), strict=True)

@@ -14,13 +14,9 @@ ratio is a line through what was measured: constant cost, time by tokens.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import queue
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -28,6 +24,7 @@ from typing import Any
 
 from benchmarks.contestants import SHAPE, job_of_shape
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
+from benchmarks.spawned import Bounds, answers_of
 from concertina.config import Job, load_job
 from concertina.config.parameters import count_parameters
 from concertina.errors import UserError
@@ -130,35 +127,12 @@ def measure(jobs: dict[str, Job], rounds: int) -> Samples:
 
     Raises UserError when a rank ends without an answer.
     """
-    from concertina.parallel.groups import make_store
-
-    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    store = make_store("127.0.0.1", listener.detach(), TIMEOUT)
-    context = multiprocessing.get_context("spawn")
-    answers: Any = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, store.port, jobs, rounds, answers)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    try:
-        found = [_answer(answers, ranks) for _ in ranks]
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    found = answers_of(_rank, RANKS, Bounds(TIMEOUT, MOST_MINUTES * 60), jobs, rounds)
     return {
         case: {name: [max(values) for values in zip(*(rank[case][name] for rank in found), strict=True)]
                for name in found[0][case]}
         for case in jobs
     }  # fmt: skip
-
-
-def _answer(answers: Any, ranks: Sequence[Any]) -> dict[str, dict[str, list[float]]]:
-    for _ in range(MOST_MINUTES * 60):
-        with suppress(queue.Empty):
-            return answers.get(timeout=1.0)  # type: ignore[no-any-return]
-        if failed := [process.name for process in ranks if process.exitcode]:
-            raise UserError(f"{', '.join(failed)} ended without an answer")
-    raise UserError(f"no answer in {MOST_MINUTES} minutes")
 
 
 def _rank(rank: int, port: int, jobs: dict[str, Job], rounds: int, answers: Any) -> None:

@@ -33,16 +33,22 @@ class Allocations:
 
 
 @contextmanager
-def recorded() -> Iterator[Allocations]:
-    """Filled in at the end of the block. This thread only."""
+def recorded(python: bool = False) -> Iterator[Allocations]:
+    """Filled in at the end of the block. This thread only.
+
+    With `python`, that of Python's objects too; never beside a group's threads: CPython 3.11's tracemalloc, while it
+    stops, kills a process in which another thread allocates.
+    """
     found = Allocations()
-    tracemalloc.start()
+    if python:
+        tracemalloc.start()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             yield found
         found.python_peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
-        tracemalloc.stop()
+        if python:
+            tracemalloc.stop()
     alive: dict[int, int] = {}
     for address, size in _of_tensors(profile):
         if size > 0:

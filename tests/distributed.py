@@ -13,8 +13,10 @@ import multiprocessing as mp
 import os
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from queue import Empty
 from typing import Any
@@ -84,7 +86,7 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: f
     for process in ranks:
         process.start()
     try:
-        return _collect(results, world, timeout_s)
+        return _collect(results, ranks, timeout_s)
     finally:
         for process in ranks:
             process.join(5)
@@ -93,19 +95,27 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: f
                 process.join()
 
 
-def _collect(results: Any, world: int, timeout_s: float) -> list[Any]:
+def _collect(results: Any, ranks: Sequence[Any], timeout_s: float) -> list[Any]:
+    """What each rank says, in their order. `timeout_s` is the most between two of them."""
     found: dict[int, Any] = {}
-    while len(found) < world:
-        try:
-            rank, value, error = results.get(timeout=timeout_s)
-        except Empty:
-            raise TimeoutError(
-                f"ranks {sorted(set(range(world)) - set(found))} said nothing in {timeout_s} s"
-            ) from None
+    while missing := sorted(set(range(len(ranks))) - set(found)):
+        rank, value, error = _next(results, [(number, ranks[number]) for number in missing], timeout_s)
         if error:
             raise AssertionError(f"rank {rank} failed:\n{error}")
         found[rank] = value
-    return [found[rank] for rank in range(world)]
+    return [found[rank] for rank in range(len(ranks))]
+
+
+def _next(results: Any, ranks: Sequence[tuple[int, Any]], timeout_s: float) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        codes = [process.exitcode for _, process in ranks]
+        with suppress(Empty):  # what an ended one had said before is read first
+            return results.get(timeout=1.0)
+        if None not in codes:
+            break
+    codes = [process.exitcode for _, process in ranks]
+    raise TimeoutError(f"ranks {[number for number, _ in ranks]} said nothing within {timeout_s} s; exit codes {codes}")
 
 
 def _main(fn: Callable[..., Any], rank: int, port: int, timeout_s: float, results: Any, args: tuple[Any, ...]) -> None:
@@ -138,7 +148,7 @@ class _Pool:
         for rank in range(world):
             self._calls[rank].put((fn, rank, store.port, timeout_s, args))
         try:
-            return _collect(self._results, world, timeout_s)
+            return _collect(self._results, self._processes[:world], timeout_s)
         except BaseException:
             self.close()
             raise

@@ -3,7 +3,6 @@ weights it was given whenever it begins? No Ray here, and a coordinator that nob
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +82,9 @@ def test_who_keeps_its_state_says_that_it_writes(trainer: Trainer) -> None:
 def test_who_trains_says_where_its_time_goes_now_and_then(trainer: Trainer) -> None:
     link, sheet = trainer.link, trainer.loop.sheet
     before = len(link.said(TimeSpent))  # type: ignore[attr-defined]
-    for _ in range(3):
+    for step in range(1, 4):
         sheet.begin_step()
-        time.sleep(0.01)
+        wait_until(lambda least_s=0.01 * step: sheet.totals().get("productive", 0.0) >= least_s)
         sheet.end_step()
         link.spent(sheet)
     (said,) = link.said(TimeSpent)[before:]  # type: ignore[attr-defined]

@@ -207,7 +207,7 @@ def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
     layer = layer_bytes()
     for layers in (2, 6):
         folder = layered(tmp_path, layers)
-        with recorded() as found:
+        with recorded(python=True) as found:
             import_folder(folder, tmp_path / f"imported{layers}", most_compared=0)
         assert layer < found.peak_bytes < 1.2 * layer, found.peak_bytes / layer
         assert found.python_peak_bytes < layer

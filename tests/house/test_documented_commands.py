@@ -143,7 +143,6 @@ def test_documented_overrides_are_keys(folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-@pytest.mark.skipif("train" not in dict(COMMANDS), reason="there is no train command yet")
 def test_the_others_run_on_a_trained_run(folder: Path) -> None:
     others = [
         found for found in all_documented() if len(found.words) > 1 and found.words[1] not in CHEAP | ON_A_RUNNING_RUN

@@ -173,8 +173,8 @@ def peak(rank: int, store: Any, cp: int, length: int, exchange: str) -> int:
 
 @pytest.mark.dist
 def test_memory_falls_with_cp() -> None:
-    """In a ring no rank ever has more than some pieces; gathered, it has keys, values and both their gradients of all
-    positions, in the order of ranks and in that of positions, and no scores of them."""
+    """In a ring no rank ever has more than some pieces. Gathered, it has keys and values of all positions, gradients of
+    both, a tile's own gradients of both and one sum of them: seven rows a position, and no scores."""
     length, row = 4096, 4 * C
     ring, gathered = ([max(on_ranks(peak, cp, cp, length, how)) / row for cp in (2, 4)] for how in ("ring", "gather"))
     assert max(rows * cp for rows, cp in zip(ring, (2, 4), strict=True)) < 32 * length

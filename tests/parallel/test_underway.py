@@ -144,13 +144,14 @@ def test_a_long_wait_ends_well() -> None:
 def failing_twice(rank: int, store: Any) -> list[str]:
     """An error of gloo's own, which comes within a breath, is the one that is raised."""
     groups = formed(rank, store, 0)
-    pending = all_reduce_sum(torch.ones(1 << 20), groups.world) if rank == 0 else None
     if rank == 1:
+        store.wait(["begun"])  # or a connection breaks that rank 0 is still making
         groups.fence()
         return []
-    said = []
+    pending, said = all_reduce_sum(torch.ones(1 << 20), groups.world), []
+    store.set("begun", "")
     try:
-        pending.finish()  # type: ignore[union-attr]
+        pending.finish()
     except RuntimeError as error:
         said.append(str(error))
     return said

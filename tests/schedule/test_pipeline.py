@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 
@@ -24,6 +24,29 @@ def test_everything_once_and_to_the_end(p: int, v: int, m: int) -> None:
         )
     assert len(simulate(plan, SECONDS).ends) == 2 * p * v * m
     assert len(simulate(forward_plan(p, v, m), SECONDS).ends) == p * v * m
+
+
+@pytest.mark.parametrize(("p", "v", "m"), SHAPES)
+def test_validation_takes_in_the_order_of_sending(p: int, v: int, m: int) -> None:
+    """So that a stage may wait for its oldest message. In training two stages of several pieces do not always."""
+    assert out_of_order(forward_plan(p, v, m)) == 0
+
+
+def test_training_does_not_always() -> None:
+    assert out_of_order(training_plan(2, 3, 5)) > 0
+    assert out_of_order(training_plan(2, 3, 6)) == out_of_order(training_plan(4, 3, 9)) == 0
+
+
+def out_of_order(plan: Plan) -> int:
+    """Pairs of stages of which one takes in another order than the other sends."""
+    found = 0
+    for sender, taker in permutations(range(plan.num_stages), 2):
+        sent = [plan.after(action) for action in plan.actions[sender]]
+        sent = [action for action in sent if action is not None and plan.stage_of(action) == taker]
+        needs = {action: plan.before(action) for action in plan.actions[taker]}
+        taken = [action for action, need in needs.items() if need is not None and plan.stage_of(need) == sender]
+        found += sent != taken
+    return found
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 2), (2, 8), (4, 4), (4, 16), (7, 9), (3, 1)])

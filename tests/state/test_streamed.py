@@ -58,7 +58,7 @@ def test_a_tensor_that_is_left_out_or_written_twice_is_seen(tmp_path: Path) -> N
 def test_it_holds_nothing(tmp_path: Path) -> None:
     tensor = torch.randn(MiB)
     entries = {str(number): (torch.float32, (MiB,)) for number in range(4)}
-    with recorded() as found:
+    with recorded(python=True) as found:
         file = TensorFile(tmp_path / "a.safetensors", entries, {})
         for name in entries:
             file.write(name, tensor)

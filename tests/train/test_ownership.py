@@ -84,7 +84,7 @@ def written(root: Path, job: Job, layout: Layout) -> Path:
 @pytest.mark.parametrize("rank", [0, 7])
 def test_building_a_decoder(rank: int) -> None:
     groups = seat(NEW, rank)
-    with recorded() as found:
+    with recorded(python=True) as found:
         decoder = Decoder(BUILT.model, torch.float32, torch.device("cpu"), groups, 0)
     shards = decoder.shards.values()
     own = rank_bytes(BUILT.model, NEW, "float32", rank).weights
@@ -97,7 +97,7 @@ def test_building_a_decoder(rank: int) -> None:
 
 def test_building_an_engine() -> None:
     """What stays is what the planner counts, to the byte."""
-    with recorded() as found:
+    with recorded(python=True) as found:
         engine = seated_engine(BUILT, NEW, 3)
     counted = rank_bytes(BUILT.model, NEW, "float32", 3)
     assert found.kept_bytes == counted.total
@@ -108,7 +108,7 @@ def test_building_an_engine() -> None:
 
 def test_building_an_engine_that_keeps_copies_of_two_others() -> None:
     seating = Seating(NEW, tuple(range(NEW.world)), tuple(3 if rank in (0, 5) else None for rank in range(NEW.world)))
-    with recorded() as found:
+    with recorded(python=True) as found:
         engine = seated_engine(BUILT, NEW, 3, seating)
     counted = rank_bytes(BUILT.model, NEW, "float32", 3, (0, 5))
     assert sorted(engine.share.seconds.copies) == [0, 5]
@@ -126,7 +126,7 @@ def test_loading_a_checkpoint_of_another_layout(old: str, folders: dict[str, Pat
     """The boxes are there before; nothing comes to them, not even for a slice of a file that holds the whole."""
     for rank in (0, 7):
         engine = seated_engine(LOADED, NEW, rank)
-        with recorded() as found:
+        with recorded(python=True) as found:
             load_boxes(folders[old], engine.state())
         assert found.peak_bytes + found.python_peak_bytes < READ_BYTES
         assert smallest(engine.shards.values()) > READ_BYTES
@@ -137,7 +137,7 @@ def test_loading_a_checkpoint_of_another_layout(old: str, folders: dict[str, Pat
 
 def test_a_whole_tensor_drawn_is_seen() -> None:
     shape = (2048, 1024)
-    with recorded() as found:
+    with recorded(python=True) as found:
         whole = torch.empty(shape)
         kept = initialize("embedding.weight", shape, Box.whole(shape), 1.0, 0, whole)[:256].clone()
         del whole
@@ -149,7 +149,7 @@ def test_a_whole_tensor_drawn_is_seen() -> None:
 @pytest.mark.parametrize("read", ["a clone of the whole", "the whole file"])
 def test_a_whole_tensor_read_is_seen(read: str, folders: dict[str, Path]) -> None:
     (file,) = folders["one rank"].glob("*.safetensors")
-    with recorded() as found, safe_open(file, "pt") as opened:
+    with recorded(python=True) as found, safe_open(file, "pt") as opened:
         whole = opened.get_tensor("master/layers.0.moe.experts.w13")
         content: Any = whole.clone() if read == "a clone of the whole" else file.read_bytes()
     assert len(content)

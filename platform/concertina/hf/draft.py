@@ -4,13 +4,13 @@ of it is on storage.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from concertina.errors import ConcertinaError, UserError
+from concertina.state.manifest import sync
 
 __all__ = ["check_place", "check_room", "draft_of"]
 
@@ -40,16 +40,8 @@ def draft_of(target: Path) -> Iterator[Path]:
     try:
         yield draft
         for path in (*draft.iterdir(), draft):
-            _sync(path)
+            sync(path)
         draft.rename(target.resolve())
-        _sync(target.resolve().parent)
+        sync(target.resolve().parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -92,17 +92,12 @@ def _expert_widths(model: ModelConfig) -> dict[str, int]:
 def _stage_misfits(job: Job) -> Iterator[tuple[str, str]]:
     """What cannot be said of the job's pipeline stages."""
     layout, layers = job.layout, job.model.num_hidden_layers
-    pieces = layout.pp * layout.virtual_stages
+    pieces, virtual = layout.pp * layout.virtual_stages, f"virtual_stages={layout.virtual_stages}"
     if layout.virtual_stages > 1 and layout.pp == 1:
-        yield (
-            "layout.virtual_stages",
-            f"virtual_stages={layout.virtual_stages} needs stages: set layout.pp to 2 or more",
-        )
+        yield "layout.virtual_stages", f"{virtual} needs stages: set layout.pp to 2 or more"
     elif pieces > layers:
         most = layers // layout.pp
-        text = (
-            f"virtual_stages={layout.virtual_stages} times pp={layout.pp} is more than model.num_hidden_layers={layers}"
-        )
+        text = f"{virtual} times pp={layout.pp} is more than model.num_hidden_layers={layers}"
         yield "layout.virtual_stages", f"{text}: set layout.virtual_stages to {most} or less"
     given = layout.stage_layers
     if given is not None and (len(given) != pieces or sum(given) != layers):

@@ -42,10 +42,11 @@ class Mailbox:
         takers = (self.plan.after(action) for action in self.plan.actions[stage])
         return [taker for taker in takers if taker is not None and self.plan.stage_of(taker) == self.group.rank]
 
-    def _post(self, stage: int) -> None:
-        """Be ready for the next messages of `stage`, which are taken in the order in which it sends them."""
+    def _post(self, stage: int, until: Action | None = None) -> None:
+        """Be ready for the next messages of `stage`, and for that of `until` in any case: two stages of several pieces
+        do not always take in the order in which they send."""
         coming, posted = self._coming[stage], self._posted[stage]
-        while coming and len(posted) < _AHEAD:
+        while coming and (len(posted) < _AHEAD or (until is not None and until not in posted)):
             taker = coming.popleft()
             posted[taker] = exchange([], [(self._empty(taker.micro_batch), stage)], self.group)
 
@@ -55,6 +56,7 @@ class Mailbox:
         if maker is None:
             return None
         stage = self.plan.stage_of(maker)
+        self._post(stage, action)
         (x,) = self._posted[stage].pop(action).finish()
         self._post(stage)
         self._let_go(stage, self._place[maker])

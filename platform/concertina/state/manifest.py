@@ -36,6 +36,7 @@ __all__ = [
     "read_manifest",
     "record_file",
     "record_part",
+    "sync",
     "verify",
 ]
 
@@ -100,7 +101,7 @@ def record_file(path: Path) -> FileRecord:
 
 def record_part(folder: Path, part: Part) -> None:
     """Say that one rank's file is whole and on storage; the last thing a rank does for a checkpoint."""
-    _sync(folder / part.file)
+    sync(folder / part.file)
     _write_json(folder / f"part-{part.rank:05d}.json", part.model_dump())
 
 
@@ -132,9 +133,9 @@ def commit(root: Path, step: int, generation: int, facts: dict[str, Any]) -> Man
         return read_manifest(final)
     shutil.rmtree(final, ignore_errors=True)  # what a kill left of one that was being removed
     _write_json(partial / MANIFEST, manifest.model_dump())
-    _sync(partial)
+    sync(partial)
     partial.rename(final)
-    _sync(root)
+    sync(root)
     # Last: a kill before this line leaves parts to commit again, or a complete checkpoint with pages nobody reads.
     for path in final.glob("part-*.json"):
         path.unlink()
@@ -262,7 +263,8 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on storage."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -302,11 +302,8 @@ class Engine:
             pieces.append((ids, Place(step, theirs[me][0] if ids else 0, peers)))
         plan = training_plan(self.layout.pp, self.layout.virtual, len(numbers))
         self.reducer.begin()
-        total = self._run(
-            self.train, pieces, plan, Backward(self._objective, self.reducer, self.job.training.recomputed)
-        )
-        assert total is not None
-        return total
+        backward = Backward(self._objective, self.reducer, self.job.training.recomputed)
+        return self._run(self.train, pieces, plan, backward)
 
     def _objective(self, output: ModelOutput) -> Tensor:
         model = self.job.model

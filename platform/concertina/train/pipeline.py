@@ -110,7 +110,8 @@ class _Run:
         assert self.backward is not None
         graph, gradient = self.graphs.pop((action.piece, action.micro_batch)), self.mailbox.take(action)
         self.left[action.piece] -= 1
-        self.backward.reducer.arm(not self.left[action.piece], self.decoder.names_in(action.piece))
+        if not self.left[action.piece]:
+            self.backward.reducer.arm(True, self.decoder.names_in(action.piece))
         ends = [(graph.x_out, gradient), (graph.objective, None)]
         given = [(end, gradient) for end, gradient in ends if end is not None]
         torch.autograd.backward([end for end, _ in given], [gradient for _, gradient in given])
