@@ -100,7 +100,7 @@ class Conductor:
         """A run that goes on without a checkpoint begins again: what it did before is void."""
         plan = self.plan
         resumed = None if first and plan.resume_from is None else plan.resume_step
-        data = {"world": plan.layout.world, "layout": plan.layout.degrees, "resumed_from_step": resumed}
+        data = {"world": plan.layout.world, "layout": plan.layout.facts, "resumed_from_step": resumed}
         if plan.job.emulates_compute:
             data["emulated_compute"] = True
         self.events.append(EventType.START, {**data, "session": plan.session}, generation=plan.generation)

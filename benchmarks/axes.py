@@ -67,7 +67,7 @@ def bytes_of_a_step(degrees: dict[str, Any]) -> float:
     sender = Sender(job_of_shape().model, layout, 0, "float32", sequence_parallel)
     sequences = SHAPE.sequences // layout.dp
     tokens = sequences * SHAPE.sequence_tokens / (layout.tp if sequence_parallel else 1)
-    routing = [even_counts(sender, tokens)] * sender.moe_layers
+    routing = [even_counts(sender, tokens)] * sender.num_moe_layers
     return sum(step(sender, SHAPE.sequence_tokens, [sequences], [routing]).values())
 
 

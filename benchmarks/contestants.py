@@ -110,7 +110,7 @@ def concertina_engine() -> Step:
     keep_freed_memory()
     view: Any = OneBatch()
     engine = Engine(job_of_shape(), view, view, torch.device("cpu"))
-    engine.configure(Layout.of(1), 0, Groups.alone())
+    engine.configure(Layout(1), 0, Groups.alone())
     steps = iter(range(1, 1 << 30))
     return _timed(lambda: engine.train_step(next(steps)))
 

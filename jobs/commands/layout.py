@@ -56,7 +56,7 @@ def layout(
         opened = _open(file, world, degrees)
         chosen, cost = opened.layout, _cost(opened)
     elif world is not None:
-        chosen = Layout.of(world, **degrees)
+        chosen = Layout(world, **degrees, stage_layers=())
     else:
         raise ConfigError("which layout? Give a job file, or --world and degrees: concertina layout --world 8 --ep 4")
     if output is Output.JSON:

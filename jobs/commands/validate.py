@@ -74,7 +74,7 @@ def _facts(opened: OpenedJob) -> dict[str, Any]:
         "name": job.name,
         "digest": digest(job),
         "parameters": count_parameters(job.model)._asdict(),
-        "layout": layout.degrees,
+        "layout": layout.facts,
         "tokens_per_step": job.training.global_batch_size * job.data.sequence_length,
         "steps": job.training.steps,
     }
@@ -85,9 +85,10 @@ def _lines(opened: OpenedJob) -> list[str]:
     total, active = count_parameters(job.model)
     batch, length, steps = job.training.global_batch_size, job.data.sequence_length, job.training.steps
     tokens = short_number(steps * batch * length)
+    pieces = f" ({layout.virtual} pieces each)" if layout.virtual > 1 else ""
     return [
         f"model     {short_number(total)} parameters, {short_number(active)} of them active for a token",
-        f"layout    {layout.world} ranks: pp {layout.pp}, attention dp {layout.dp} cp {layout.cp} tp {layout.tp}, "
-        f"experts edp {layout.edp} ep {layout.ep} etp {layout.etp}",
+        f"layout    {layout.world} ranks: pp {layout.pp}{pieces}, attention dp {layout.dp} cp {layout.cp} "
+        f"tp {layout.tp}, experts edp {layout.edp} ep {layout.ep} etp {layout.etp}",
         f"training  {steps} steps of {batch} sequences of {length} tokens: {tokens} tokens",
     ]

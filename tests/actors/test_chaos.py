@@ -74,8 +74,9 @@ def test_each_role_is_killed_in_turn(
 def test_a_node_dies_and_another_comes(
     start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:
-    """At a step of the schedule, with the raylet and all that runs below it."""
-    stage = Stage(start(*FOUR, *NO_CHECKPOINT), cluster)
+    """At a step of the schedule, with the raylet and all that runs below it; out of a pipeline whose stages share each
+    sequence."""
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT, "--set", "layout.pp=2", "--set", "layout.cp=2"), cluster)
     count, before = stage.recoveries(), stage.engines()
     step = list(stage.drive.steps())[-1] + 5
     doomed = stage.injector.scene().find(parse("kill node=1")).node

@@ -13,8 +13,8 @@ from concertina.layout import Layout, Seating
 
 pytestmark = pytest.mark.unit
 
-OLD = Seating(Layout.of(3, ep=3), (0, 1, 11), (1, 2, 0))
-NEW = Seating(Layout.of(2, ep=2), (0, 11), (1, 0), spares=(12,))
+OLD = Seating(Layout(3, ep=3), (0, 1, 11), (1, 2, 0))
+NEW = Seating(Layout(2, ep=2), (0, 11), (1, 0), spares=(12,))
 
 
 @pytest.fixture

@@ -36,13 +36,13 @@ def seating(layout: Layout, *members: int, spares: tuple[int, ...] = ()) -> Seat
 def test_prefix_of_a_member_that_changes_its_seat(tmp_path: Path, package: logging.Logger) -> None:
     stamp, log = open_member_log(tmp_path / "logs", 7, step=5), logging.getLogger("concertina.rank")
     log.info("waiting for the others")
-    stamp.sit(3, seating(Layout.of(4, ep=2), 4, 5, 7, 6))
+    stamp.sit(3, seating(Layout(4, ep=2), 4, 5, 7, 6))
     log.info("step")
     stamp.step = 12
     logging.getLogger("concertina.channel").warning("no coordinator")
-    stamp.sit(4, seating(Layout.of(2, tp=2), 4, 7, spares=(5,)))
+    stamp.sit(4, seating(Layout(2, tp=2), 4, 7, spares=(5,)))
     log.info("step")
-    stamp.sit(5, seating(Layout.of(2), 4, 5, spares=(7,)))
+    stamp.sit(5, seating(Layout(2), 4, 5, spares=(7,)))
     log.info("moving")
     lines = (tmp_path / "logs" / "member-7.log").read_text().splitlines()
     for line, prefix in zip(

@@ -56,8 +56,8 @@ def test_nonsense_is_refused_in_one_line(line: str, problem: str) -> None:
 
 def scene() -> Scene:
     """Two generations are possible; the newer one has members 4 and 2 on its ranks."""
-    old = Seating(Layout.of(2, 1, 1, 1, 1, 1), (0, 2), (1, 0))
-    new = Seating(Layout.of(2, 1, 1, 1, 1, 1), (4, 2), (1, 0))
+    old = Seating(Layout(2, 1, 1, 1, 1, 1), (0, 2), (1, 0))
+    new = Seating(Layout(2, 1, 1, 1, 1, 1), (4, 2), (1, 0))
     journal = {
         "coordinator_pid": 77,
         "pids": {"0": 10, "2": 12, "4": 14},

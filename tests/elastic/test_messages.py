@@ -76,7 +76,7 @@ def test_the_wire_names_the_kind() -> None:
 
 def test_orders_carry_the_seating_they_are_of() -> None:
     """A member rebuilds from an order, and from nothing else, who sits where."""
-    seating = Seating(Layout.of(3, ep=3), (4, 0, 7), (1, None, 0), spares=(9,))
+    seating = Seating(Layout(3, ep=3), (4, 0, 7), (1, None, 0), spares=(9,))
     prepare = decode(json.loads(json.dumps(encode(Prepare(5, seating.to_json(), ("127.0.0.1", 4711))))))
     assert isinstance(prepare, Prepare)
     assert Seating.from_json(prepare.seating) == seating

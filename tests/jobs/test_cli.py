@@ -143,7 +143,7 @@ def test_layout_prints_the_document(run: Callable[..., Outcome]) -> None:
     code, out, err = run("layout", *words)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
-    assert json.loads(out) == Layout.of(64, pp=2, cp=2, tp=4, ep=8, etp=1).to_json()
+    assert json.loads(out) == Layout(64, pp=2, cp=2, tp=4, ep=8, etp=1).to_json()
 
 
 def test_layout_of_16384_ranks(run: Callable[..., Outcome]) -> None:

@@ -22,4 +22,4 @@ def layouts(draw: st.DrawFn, most_ranks: int = 512) -> Layout:
     cp = divisor(stage // tp)
     etp = divisor(stage)
     ep = divisor(stage // etp)
-    return Layout.of(stage * pp, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
+    return Layout(stage * pp, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 
 def test_the_quickstart() -> None:
-    assert draw(Layout.of(4, ep=2)).splitlines() == [
+    assert draw(Layout(4, ep=2)).splitlines() == [
         "4 ranks, no pipeline",
         "",
         "attention  pp 1 dp 4 cp 1 tp 1            | parts dp, : parts cp, a space tp",
@@ -26,7 +26,7 @@ def test_the_quickstart() -> None:
 
 
 def test_a_line_that_ends_inside_a_group_ends_with_its_mark() -> None:
-    lines = draw(Layout.of(32, ep=32)).splitlines()
+    lines = draw(Layout(32, ep=32)).splitlines()
     assert lines[-2].endswith("15 :")
     assert lines[-1].startswith("  pp0 edp0    : 16 :")
     assert lines[-1].endswith("31 |")
@@ -44,7 +44,7 @@ def test_each_grid_shows_each_rank_once(layout: Layout) -> None:
 
 
 def test_a_large_layout_is_summarised() -> None:
-    drawing = draw(Layout.of(16384, pp=8, tp=8, ep=64))
+    drawing = draw(Layout(16384, pp=8, tp=8, ep=64))
     assert len(drawing.splitlines()) < 20
     assert max(map(len, drawing.splitlines())) <= 100
     assert "ep         256 groups of    64  the first: 0 1 2 3 4 5 6 7 ... 63" in drawing

@@ -35,7 +35,7 @@ def refusal(refused: Job) -> LayoutError:
 
 
 def test_a_fitting_job_gives_its_layout() -> None:
-    assert check_job(job(world=8, ep=4, pp=2)) == Layout.of(8, pp=2, ep=4)
+    assert check_job(job(world=8, ep=4, pp=2)) == Layout(8, pp=2, ep=4)
 
 
 def test_uneven_shares_are_allowed() -> None:
@@ -104,6 +104,12 @@ def test_one_line_an_axis_whatever_is_wrong_with_it() -> None:
         "model.shared_expert_intermediate_size=256 and must divide or be a multiple of model.num_key_value_heads=4: "
         "set layout.tp to 1, 2 or 4"
     ]
+
+
+def test_stages_and_batch_are_refused_together() -> None:
+    error = refusal(job(world=8, batch=2, pp=2, virtual_stages=99))
+    assert error.data["keys"] == ["layout.virtual_stages", "training.global_batch_size"]
+    assert "leaves 2 of dp=4 ranks" in error.data["problems"][1]
 
 
 def test_widths_that_no_layer_has_do_not_matter() -> None:

@@ -71,7 +71,7 @@ def test_pipeline_groups_are_the_same_on_both_sides(layout: Layout) -> None:
 
 
 def test_the_paper_s_listing_1_breaks_the_pipeline() -> None:
-    layout = Layout.of(16, pp=2, cp=2, tp=2, ep=8)
+    layout = Layout(16, pp=2, cp=2, tp=2, ep=8)
     attention, expert = (brute_force(layout, "pp", order) for order in LISTING_1.values())
     assert (0, 4) in attention
     assert (0, 8) in expert
@@ -106,7 +106,7 @@ def test_coordinates_give_the_rank_back(layout: Layout, data: st.DataObject) -> 
 
 
 def test_the_document_of_64_ranks() -> None:
-    layout = Layout.of(64, pp=2, cp=2, tp=4, ep=8, etp=1)
+    layout = Layout(64, pp=2, cp=2, tp=4, ep=8, etp=1)
     document = json.loads(json.dumps(layout.to_json()))
     assert list(document) == ["world", "attention", "expert", "groups"]
     assert document["world"] == 64
@@ -128,6 +128,8 @@ def test_pieces_of_the_model_are_dealt_out_in_turn() -> None:
     assert layout.layers_of(5, 3) == [2, 4]
     uneven = Layout(2, pp=2, stage_layers=(1, 4))
     assert [uneven.layers_of(5, rank) for rank in range(2)] == [[0], [1, 2, 3, 4]]
+    said = [{key: each.facts[key] for key in each.facts.keys() - each.degrees.keys()} for each in (layout, uneven)]
+    assert said == [{"virtual": 2}, {"stage_layers": [1, 4]}]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_both_ends_of_the_model() -> None:
 
 
 def test_a_layout_is_a_value() -> None:
-    layout = Layout.of(8, ep=4)
+    layout = Layout(8, ep=4)
     layout.groups("ep")
     again = pickle.loads(pickle.dumps(layout))
     assert again == layout == Layout(8, 1, 1, 1, 4, 1)
@@ -180,7 +182,7 @@ def test_refusals_have_numbers_and_values_that_work(degrees: dict[str, int], lin
 
 def test_both_sides_are_reported_at_once() -> None:
     with pytest.raises(LayoutError) as caught:
-        Layout.of(64, pp=2, tp=3, etp=5)
+        Layout(64, pp=2, tp=3, etp=5)
     assert caught.value.data["keys"] == ["tp", "etp"]
     assert len(caught.value.message.splitlines()) == 2
 
@@ -196,7 +198,7 @@ def test_whatever_is_not_refused_fits(world: int, degrees: dict[str, int]) -> No
         or world // degrees["pp"] % (degrees["ep"] * degrees["etp"])
     )
     try:
-        layout = Layout.of(world, **degrees)
+        layout = Layout(world, **degrees)
     except LayoutError:
         assert not fits
     else:

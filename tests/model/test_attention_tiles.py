@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from concertina.layout import Layout
+from concertina.model import sight as sight_module
 from concertina.model.attention import attend, attend_apart
 from concertina.model.attention_kernels import FLASH_ON_CPU, WRITTEN_OUT, TileInput
 from concertina.model.rope import rotation
@@ -77,6 +78,20 @@ def test_one_rank_gives_the_definition(length: int, every: int | None, value_wid
 
 
 @pytest.mark.unit
+def test_tiles_with_masks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give the definition, however they are cut."""
+    monkeypatch.setattr(sight_module, "_MASKED_ROWS", 16)
+    monkeypatch.setattr(sight_module, "_MASKED_KEYS", 24)
+    *leaves, dout = inputs(200)
+    sight = sight_of(200, Context(Group.alone()), 70)
+    tiles = sight.tiles(((0, 200),))
+    assert max(tile.keys.stop - tile.keys.start for tile in tiles if tile.masked) == 24
+    assert max(tile.keys.stop - tile.keys.start for tile in tiles) > 24
+    found = with_gradients(lambda q, k, v: attend_apart(q, k, v, sight), leaves, dout)
+    assert apart(found, with_gradients(lambda q, k, v: written_out(q, k, v, sight.starts_BS), leaves, dout)) < 1e-12
+
+
+@pytest.mark.unit
 def test_a_document_sees_nothing_of_another() -> None:
     """Attention over two documents is that over each alone."""
     q, k, v, _ = (x[:1] for x in inputs(20))
@@ -89,11 +104,15 @@ def test_a_document_sees_nothing_of_another() -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("value_width", [C, 5])
 @pytest.mark.parametrize(("rows", "keys", "causal"), [(33, 50, False), (40, 40, True)])
-def test_both_kernels_agree(rows: int, keys: int, causal: bool, masked: bool, dtype: torch.dtype) -> None:
+def test_both_kernels_agree(
+    rows: int, keys: int, causal: bool, value_width: int, masked: bool, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(rows)
     q, k, v, dout = (
-        torch.randn(4, G, n, C, generator=generator, dtype=torch.float64).to(dtype) for n in (rows, keys, keys, rows)
+        torch.randn(4, G, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((rows, C), (keys, C), (keys, value_width), (rows, value_width))
     )
     mask = None
     if masked:

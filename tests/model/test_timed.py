@@ -16,7 +16,7 @@ from concertina.parallel.trace import bytes_sent, recording
 from concertina.planner.flops import flops_per_token
 from concertina.train.engine import Engine
 from tests.distributed import on_ranks
-from tests.train.worlds import engine_on, tiny_job
+from tests.train.worlds import LATENT, engine_on, tiny_job
 
 QUICK = {"cluster__timed_s_per_token": 1e-9, "training__precision": "float32"}
 ODD: dict[str, Any] = {"model__shared_expert_gate": True, "model__qk_norm": "head", "model__attention_bias": True}
@@ -101,6 +101,13 @@ def test_all_products_but_the_routers_are_waited_for() -> None:
 
 
 @pytest.mark.unit
+def test_of_latent_attention_too() -> None:
+    job = timed_job(model=LATENT)
+    expected = job.training.global_batch_size * 12 * (flops_per_token(job.model, 12) // 2 - routers(job))
+    assert products_of(job, Layout(1), 0, None) == pytest.approx(expected)
+
+
+@pytest.mark.unit
 def test_what_is_computed_again_is_waited_for_again() -> None:
     plain, full = (
         products_of(timed_job(training__activation_checkpointing=kinds), Layout(1), 0, None)
@@ -115,8 +122,11 @@ def products_on(rank: int, store: Any, job: Job, degrees: dict[str, int]) -> flo
 
 
 @pytest.mark.dist
-def test_ranks_share_the_wait() -> None:
-    job, degrees = timed_job(), {"tp": 2, "ep": 2, "etp": 2}
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("model", [{}, LATENT], ids=["heads", "latents"])
+@pytest.mark.parametrize("degrees", [{"tp": 2, "ep": 2, "etp": 2}, {"cp": 4, "ep": 2}, {"cp": 2, "pp": 2}], ids=str)
+def test_ranks_share_the_wait(degrees: dict[str, int], model: dict[str, Any], exchange: str) -> None:
+    job = timed_job(model=model, layout={"context_exchange": exchange})
     total = sum(on_ranks(products_on, 4, job, degrees))
     assert total == pytest.approx(products_of(job, Layout(1), 0, None))
 
@@ -166,10 +176,13 @@ def sent_by(rank: int, store: Any, job: Job, degrees: dict[str, int]) -> tuple[d
 
 
 @pytest.mark.dist
-def test_the_same_bytes_travel() -> None:
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("model", [{}, LATENT], ids=["heads", "latents"])
+@pytest.mark.parametrize("degrees", [{"tp": 2, "ep": 2, "etp": 2}, {"cp": 2, "tp": 2, "ep": 2}], ids=str)
+def test_the_same_bytes_travel(degrees: dict[str, int], model: dict[str, Any], exchange: str) -> None:
     """But for rows to the experts, whom other tokens choose."""
-    degrees = {"tp": 2, "ep": 2, "etp": 2}
-    timed, real = (on_ranks(sent_by, 4, job, degrees) for job in (timed_job(), tiny_job(**QUICK)))
+    changes = {**QUICK, "model": model, "layout": {"context_exchange": exchange}}
+    timed, real = (on_ranks(sent_by, 4, job, degrees) for job in (timed_job(**changes), tiny_job(**changes)))
     for (ours, loss), (theirs, _) in zip(timed, real, strict=True):
         assert loss == pytest.approx(math.log(97), rel=1e-6)
         assert ours.keys() == theirs.keys() - {("tp", "all_reduce")}, "what lanes tell each other of the loss"

@@ -91,7 +91,7 @@ def test_alone_the_counts_never_visit_the_host() -> None:
 
 
 def rank_main(rank: int, store: Any) -> tuple[list[Any], ...]:
-    layout = Layout.of(3, ep=3)
+    layout = Layout(3, ep=3)
     y, dx, dweights, counts = round_trip(Dispatcher(EXPERTS, form(layout, rank, store)), rank)
     return y.tolist(), dx.tolist(), dweights.tolist(), counts
 

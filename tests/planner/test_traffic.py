@@ -44,22 +44,23 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
     groups = form(layout, rank, store, kv_lanes=kv_copies(job.model, layout.tp))
     engine.adopt(engine.prepare(Seating(layout, tuple(range(layout.world)), owners), rank, groups, "initial"))
     engine.fill_seconds()
-    routed: list[list[int]] = []
-    forward = [False]  # routers are asked again in the backward of what is computed again
+    routed: dict[int, list[list[int]]] = {piece: [] for piece in engine.decoder.pieces}
+    forward: list[int | None] = [None]  # routers are asked again in the backward of what is computed again
 
     def note(_: Any, __: Any, output: Any) -> None:
-        if forward[-1]:
-            routed.append(output.expert_ids_RK.flatten().bincount(minlength=job.model.num_experts).tolist())
+        if forward[-1] is not None:
+            counts = output.expert_ids_RK.flatten().bincount(minlength=job.model.num_experts)
+            routed[forward[-1]].append(counts.tolist())
 
     for module in engine.decoder.modules():
         if isinstance(module, Router):
             module.register_forward_hook(note)
     advance = engine.decoder.advance
 
-    def noted(*arguments: Any) -> Any:
-        forward.append(True)
-        found = advance(*arguments)
-        forward.append(False)
+    def noted(piece: int, *arguments: Any) -> Any:
+        forward.append(piece)
+        found = advance(piece, *arguments)
+        forward.append(None)
         return found
 
     engine.decoder.advance = noted  # type: ignore[method-assign]
@@ -67,7 +68,14 @@ def recorded_step(rank: int, store: Any, job: Job, degrees: Degrees, owners: Own
         engine.train_step(1)
     pieces = engine._micro_batches(job.training.global_batch_size)
     micro_batches = [len(numbers[engine.groups["dp"].rank]) for numbers in pieces]
-    return {"sent": bytes_sent(records), "micro_batches": micro_batches, "routed": routed}
+    number = len(micro_batches)
+    in_order = [
+        rows
+        for micro_batch in range(number)
+        for counts in routed.values()
+        for rows in counts[micro_batch * len(counts) // number : (micro_batch + 1) * len(counts) // number]
+    ]
+    return {"sent": bytes_sent(records), "micro_batches": micro_batches, "routed": in_order}
 
 
 def sender_of(job: Job, degrees: Degrees, rank: int, has_second: bool = False) -> Sender:
@@ -80,7 +88,7 @@ def expected(sender: Sender, ranks: list[dict[str, Any]], length: int) -> Traffi
     micro_batches = ranks[sender.rank]["micro_batches"]
     routed = [ranks[peer]["routed"] for peer in sender.layout.group_of("etp_ep", sender.rank)]
     calls: list[Counts] = [list(everyone) for everyone in zip(*routed, strict=True)]
-    layers = sender.moe_layers
+    layers = sender.num_moe_layers
     routing = [calls[index * layers : (index + 1) * layers] for index in range(len(micro_batches))]
     return step(sender, length, micro_batches, routing)
 
@@ -135,6 +143,19 @@ def test_of_chunks_of_sequences(degrees: Degrees, exchange: str, precision: str)
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "degrees", [(2, 1, 1, 1, 1, 2), (3, 1, 1, 1, 1, 3), (4, 2, 2, 1, 1, 2, 2), (4, 1, 2, 1, 2, 2, 1, 4, 1)], ids=str
+)
+def test_of_stages(degrees: Degrees, tied: bool) -> None:
+    """Each sends what its layers do, the ends theirs, and all of them hidden states to the next and the one before."""
+    model = {"num_hidden_layers": 5, "tie_word_embeddings": tied}
+    job = tiny_job(model=model, training__precision="bfloat16", training__micro_batch_size=2)
+    for traffic in check(job, degrees):
+        assert ("pp", "exchange") in traffic
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_in_other_precisions_and_without_sequence_parallelism(precision: str, sequence_parallel: bool) -> None:
@@ -184,7 +205,7 @@ def test_keys_and_values_are_sent_again_too(kinds: str | list[str], exchange: st
 def test_only_regions_that_communicate_send_more() -> None:
     job, degrees = tiny_job(), (4, 2, 2, 2)
     plain = sender_of(job, degrees, 0)
-    routing = [even_counts(plain, 48)] * plain.moe_layers
+    routing = [even_counts(plain, 48)] * plain.num_moe_layers
     usual, full, selective = (
         micro_batch(replace(plain, recomputed=frozenset(kinds)), 12, 4, routing)
         for kinds in ((), ("layer",), ("norm", "activation", "permute", "core", "experts"))
@@ -224,7 +245,7 @@ def test_another_routing_would_have_sent_something_else() -> None:
     assert wrong[("ep", "all_to_all")] - right[("ep", "all_to_all")] == 2 * sender.row_bytes
     dense = sender_of(tiny_job(model__mlp_only_layers=[0, 1]), degrees, 0)
     assert dense.crossings == sender.crossings
-    assert sender_of(tiny_job(model__shared_expert_intermediate_size=0), degrees, 0).crossings == sender.crossings - 2
+    assert sender_of(tiny_job(model__shared_expert_intermediate_size=0), degrees, 0).crossings == sender.crossings - 4
 
 
 # -- the formulas themselves -------------------------------------------------------------------------------------------

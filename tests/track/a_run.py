@@ -28,7 +28,7 @@ RECOVERY = Recovery(
     phases={"halt_s": 0.01, "prepare_s": 0.12, "move_s": 0.11, "resume_s": 0.05},
     bytes_local=9_000_000,
     bytes_moved=31_000_000,
-    layout=Layout.of(3).degrees,
+    layout=Layout(3).degrees,
 )
 
 

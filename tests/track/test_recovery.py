@@ -43,7 +43,8 @@ def test_one_line(changes: dict, line: str) -> None:
 
 
 def test_a_layout_names_what_is_not_one() -> None:
-    assert short_layout(Layout.of(16, tp=2, ep=4).degrees) == "dp8 ep4 tp2"
+    assert short_layout(Layout(16, tp=2, ep=4).degrees) == "dp8 ep4 tp2"
+    assert short_layout(Layout(4, pp=2, virtual=3).facts) == "dp2 ep1 pp2x3"
     assert short_layout({}) == ""
 
 

@@ -411,12 +411,6 @@ class Job(Section):
         if self.data.tokenizer.path is None and words > rows:
             text = f"vocab_size={words} is more than model.vocab_size={rows}: the embedding would lack rows"
             problems.append(("data.tokenizer.vocab_size", text))
-        if self.emulates_compute:
-            # Their exchanges are inside what is only waited for.
-            real = [("layout.cp", self.layout.cp > 1), ("model.kv_lora_rank", bool(self.model.kv_lora_rank))]
-            for key, given in real:
-                if given:
-                    problems.append((key, "has no emulated compute yet: leave it out, or set cluster.device to cpu"))
         least, most = self.elastic.min_workers, self.cluster.num_workers
         if least > most:
             text = f"min_workers={least} is more than cluster.num_workers={most}: set it to {most} or less"

@@ -26,12 +26,9 @@ def check_job(job: Job) -> Layout:
         return [*world_faults(world, degrees), *_shape_faults(job.model, job.data.sequence_length, degrees)]
 
     found = [(f"layout.{axis}", line) for axis, line in misfits(world, degrees, faults)]
-    found = found or list(_stage_misfits(job))
+    found = found or [*_stage_misfits(job), *_batch_misfits(job, _dp(world, degrees))]
     if not found:
-        layout = layout_with(job, world, degrees)
-        found = list(_batch_misfits(job, layout.dp))
-        if not found:
-            return layout
+        return layout_with(job, world, degrees)
     lines = [line for _, line in found]
     raise LayoutError("\n".join(lines), problems=lines, keys=[key for key, _ in found])
 
@@ -50,8 +47,11 @@ def fits(job: Job, world: int, degrees: Degrees) -> bool:
         return False
     if next(_shape_faults(job.model, job.data.sequence_length, degrees), None) is not None:
         return False
-    dp = world // (degrees["pp"] * degrees["cp"] * degrees["tp"])
-    return next(_batch_misfits(job, dp), None) is None
+    return next(_batch_misfits(job, _dp(world, degrees)), None) is None
+
+
+def _dp(world: int, degrees: Degrees) -> int:
+    return world // (degrees["pp"] * degrees["cp"] * degrees["tp"])
 
 
 def _shape_faults(model: ModelConfig, sequence_length: int, degrees: Degrees) -> Iterator[Fault]:

@@ -52,11 +52,6 @@ class Layout:
             lines = [line for _, line in found]
             raise LayoutError("\n".join(lines), problems=lines, keys=[key for key, _ in found])
 
-    @classmethod
-    def of(cls, world: int, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> Layout:
-        """The layout with these degrees."""
-        return cls(world, pp, cp, tp, ep, etp)
-
     @property
     def pieces(self) -> int:
         """Into how many pieces of consecutive layers the model is cut."""
@@ -145,13 +140,19 @@ class Layout:
         """`world`, then the degree of every axis by name."""
         return {"world": self.world, **{axis.value: self.degree(axis) for axis in Axis}}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`degrees` and, where they are not the default, `virtual` and `stage_layers`; ready for json.dumps."""
+        stages = {"virtual": self.virtual} if self.virtual > 1 else {}
+        uneven = {"stage_layers": list(self.stage_layers)} if self.stage_layers else {}
+        return {**self.degrees, **stages, **uneven}
+
     def to_json(self) -> dict[str, Any]:
         """`world`, the degrees of both grids, and every group by name, ready for json.dumps."""
         return {
             "world": self.world,
             "attention": {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp},
             "expert": {"pp": self.pp, "edp": self.edp, "ep": self.ep, "etp": self.etp},
-            **({"virtual": self.virtual} if self.virtual > 1 else {}),
-            **({"stage_layers": list(self.stage_layers)} if self.stage_layers else {}),
+            **{key: value for key, value in self.facts.items() if key not in self.degrees},
             "groups": {name: self.groups(name) for name in GROUPS},
         }

@@ -66,5 +66,5 @@ class Seating:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Seating:
         given = document["layout"]
-        layout = Layout(**{**given, "stage_layers": tuple(given["stage_layers"])})
+        layout = Layout(**{**given, "stage_layers": tuple(given.get("stage_layers", ()))})
         return cls(layout, tuple(document["members"]), tuple(document["seconds"]), tuple(document["spares"]))

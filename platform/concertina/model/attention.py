@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from concertina.layout import cut_heads
 from concertina.model.attention_blocks import LONGEST, attend_in_blocks
-from concertina.model.attention_tiles import attend_in_tiles
+from concertina.model.attention_kernels import choose_kernel
+from concertina.model.attention_tiles import Choose, attend_in_tiles
 from concertina.model.linear import linear
 from concertina.model.norm import Pieces, RMSNorm
 from concertina.model.parameters import Build, Part
@@ -35,13 +36,15 @@ def attend(q_BSNGC: Tensor, kv_BSN2C: Tensor, sight: Sight) -> Tensor:
     return core(q_BSNGC, kv_BSN2C, sight.turn)
 
 
-def attend_apart(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor, sight: Sight) -> Tensor:
+def attend_apart(
+    q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor, sight: Sight, choose: Choose = choose_kernel
+) -> Tensor:
     """Attend with rotated queries and keys, whatever the values' width, to keys wherever they are: [B, S, N, G, V].
     All ranks of cp must call it."""
     b, s, n, g, _ = q_BSNGC.shape
     q_MGSC = q_BSNGC.permute(0, 2, 3, 1, 4).flatten(0, 1)
     kv_SMW = torch.cat([k_BSNC, v_BSNV], 3).transpose(0, 1).flatten(1, 2)
-    out_MGSV = attend_in_tiles(q_MGSC.contiguous(), kv_SMW.contiguous(), sight)
+    out_MGSV = attend_in_tiles(q_MGSC.contiguous(), kv_SMW.contiguous(), sight, choose)
     return out_MGSV.view(b, n, g, s, -1).permute(0, 3, 1, 2, 4)
 
 

@@ -8,10 +8,11 @@ Shapes: M matrices, G query heads of each key-value head, R queries, J keys, C w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["FLASH_ON_CPU", "FLASH_ON_CUDA", "WRITTEN_OUT", "TileInput", "TileKernel", "choose_kernel"]
 
@@ -36,6 +37,10 @@ class TileInput:
     def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q.contiguous(), self.k.contiguous(), self.v.contiguous()
 
+    def widened(self) -> TileInput:
+        """With values as wide as keys, zeros behind: an output's columns there are zero."""
+        return replace(self, v=_widened(self.v, self.k.shape[3]))
+
     def bias(self) -> Tensor | None:
         """What is added to the scores: 0, or -inf where nothing is seen; broadcast over heads [M, 1, R, J]."""
         if self.mask is None:
@@ -53,6 +58,25 @@ class TileKernel:
 
     forward: Callable[[TileInput], tuple[Tensor, Tensor]]
     backward: Callable[[TileInput, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
+
+
+def _of_equal_widths(kernel: TileKernel) -> TileKernel:
+    """For values no wider than keys, a kernel that takes only equal widths: scores are never made whole."""
+
+    def forward(x: TileInput) -> tuple[Tensor, Tensor]:
+        out, logs = kernel.forward(x.widened())
+        return out[..., : x.v.shape[3]], logs
+
+    def backward(x: TileInput, dout: Tensor, out: Tensor, logs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = x.k.shape[3]
+        dq, dk, dv = kernel.backward(x.widened(), _widened(dout, width), _widened(out, width), logs)
+        return dq, dk, dv[..., : x.v.shape[3]]
+
+    return TileKernel(forward, backward)
 
 
 def _cpu_forward(x: TileInput) -> tuple[Tensor, Tensor]:
@@ -109,11 +133,11 @@ def _written_backward(x: TileInput, dout: Tensor, out: Tensor, logs: Tensor) -> 
     return torch.matmul(dscores, x.k), torch.matmul(dscores.transpose(2, 3), x.q), dv
 
 
-FLASH_ON_CPU = TileKernel(_cpu_forward, _cpu_backward)
-"""torch's kernel for CPUs: any float type, values as wide as keys."""
+FLASH_ON_CPU = _of_equal_widths(TileKernel(_cpu_forward, _cpu_backward))
+"""torch's kernel for CPUs: any float type, values no wider than keys."""
 
-FLASH_ON_CUDA = TileKernel(_cuda_forward, _cuda_backward)
-"""FlashAttention for 16-bit types on GPUs, heads of up to 256 in eights; it takes no mask."""
+FLASH_ON_CUDA = _of_equal_widths(TileKernel(_cuda_forward, _cuda_backward))
+"""FlashAttention for 16-bit types on GPUs, heads of up to 256 in eights, values no wider than keys, no mask."""
 
 WRITTEN_OUT = TileKernel(_written_forward, _written_backward)
 """By the definition: any device, type, width and mask; it makes all scores."""
@@ -121,7 +145,7 @@ WRITTEN_OUT = TileKernel(_written_forward, _written_backward)
 
 def choose_kernel(x: TileInput) -> TileKernel:
     """The fastest that takes the tile."""
-    if x.v.shape[3] == x.k.shape[3]:
+    if x.v.shape[3] <= x.k.shape[3]:
         if x.q.device.type == "cpu":
             return FLASH_ON_CPU
         fits = x.q.element_size() == 2 and x.mask is None and x.k.shape[3] % 8 == 0 and x.k.shape[3] <= 256

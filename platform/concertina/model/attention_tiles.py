@@ -9,42 +9,45 @@ key and its value together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from concertina.model.attention_kernels import TileInput, choose_kernel
+from concertina.model.attention_kernels import TileInput, TileKernel, choose_kernel
 from concertina.model.sight import Sight, Tile
 from concertina.parallel.collectives import Pending
 
-__all__ = ["attend_in_tiles"]
+__all__ = ["Choose", "attend_in_tiles"]
 
 
-def attend_in_tiles(q_MGRC: Tensor, kv_RMW: Tensor, sight: Sight) -> Tensor:
-    """Output [M, G, R, W - C] of rotated queries, with keys (rotated) and values side by side. All ranks of cp must
-    call it, and its backward."""
-    return _Attend.apply(q_MGRC, kv_RMW, sight)
+Choose = Callable[[TileInput], TileKernel]
+
+
+def attend_in_tiles(q_MGRC: Tensor, kv_RMW: Tensor, sight: Sight, choose: Choose = choose_kernel) -> Tensor:
+    """Output [M, G, R, W - C] of rotated queries, with keys (rotated) and values side by side, each tile by the kernel
+    that `choose` says. All ranks of cp must call it, and its backward."""
+    return _Attend.apply(q_MGRC, kv_RMW, sight, choose)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_MGRC: Tensor, kv_RMW: Tensor, sight: Sight) -> Tensor:
+    def forward(ctx: Any, q_MGRC: Tensor, kv_RMW: Tensor, sight: Sight, choose: Choose) -> Tensor:
         wide = torch.promote_types(q_MGRC.dtype, torch.float32)
         out = q_MGRC.new_zeros(*q_MGRC.shape[:3], kv_RMW.shape[2] - q_MGRC.shape[3], dtype=wide)
         logs = torch.full(q_MGRC.shape[:3], float("-inf"), dtype=wide, device=q_MGRC.device)
         for piece, chunks in _pieces(kv_RMW, sight):
             for tile in sight.tiles(chunks):
                 x = _input(q_MGRC, piece, tile, sight)
-                _merge(out[:, :, tile.rows], logs[:, :, tile.rows], *choose_kernel(x).forward(x))
+                _merge(out[:, :, tile.rows], logs[:, :, tile.rows], *choose(x).forward(x))
         result = out.to(q_MGRC.dtype)
         ctx.save_for_backward(q_MGRC, kv_RMW, result, logs)
-        ctx.sight = sight
+        ctx.sight, ctx.choose = sight, choose
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         q_MGRC, kv_RMW, out, logs = ctx.saved_tensors
         dq = torch.zeros_like(q_MGRC, dtype=logs.dtype)
         sums = _Sums(kv_RMW, logs.dtype, ctx.sight)
@@ -52,10 +55,10 @@ class _Attend(torch.autograd.Function):
             dpiece = torch.zeros_like(piece, dtype=logs.dtype)
             for tile in ctx.sight.tiles(chunks):
                 x = _input(q_MGRC, piece, tile, ctx.sight)
-                _add_gradients(x, tile, (grads[0], out, logs), dq, dpiece)
+                _add_gradients(ctx.choose(x), x, tile, (grads[0], out, logs), dq, dpiece)
             sums.add(dpiece)
         del piece, dpiece  # of whole sequences, where they are gathered: gradients need the room now
-        return dq.to(q_MGRC.dtype), sums.finish().to(kv_RMW.dtype), None
+        return dq.to(q_MGRC.dtype), sums.finish().to(kv_RMW.dtype), None, None
 
 
 def _pieces(kv_RMW: Tensor, sight: Sight) -> Iterator[tuple[Tensor, tuple[tuple[int, int], ...]]]:
@@ -122,10 +125,12 @@ def _input(q_MGRC: Tensor, piece: Tensor, tile: Tile, sight: Sight) -> TileInput
     return TileInput(q_MGRC[:, :, tile.rows], heads[..., :width], heads[..., width:], tile.causal, mask)
 
 
-def _add_gradients(x: TileInput, tile: Tile, whole: tuple[Tensor, ...], dq: Tensor, dpiece: Tensor) -> None:
+def _add_gradients(
+    kernel: TileKernel, x: TileInput, tile: Tile, whole: tuple[Tensor, ...], dq: Tensor, dpiece: Tensor
+) -> None:
     """Add a tile's share to the gradients of queries [M, G, R, C] and of its piece of keys and values."""
     dout, out, logs = (part[:, :, tile.rows] for part in whole)
-    dq_tile, dk, dv = choose_kernel(x).backward(x, dout, out, logs)
+    dq_tile, dk, dv = kernel.backward(x, dout, out, logs)
     dq[:, :, tile.rows] += dq_tile
     dkeys, width = dpiece[tile.keys].transpose(0, 1), dk.shape[3]
     dkeys[..., :width] += dk.sum(1, dtype=dq.dtype)

@@ -15,8 +15,8 @@ from concertina.parallel.context import Context
 
 __all__ = ["Sight", "Tile"]
 
-_MASKED_ROWS = 256
-"""Rows of a tile where documents end: masks stay small, and more tiles can be left out that nobody sees."""
+_MASKED_ROWS, _MASKED_KEYS = 256, 4096
+"""Rows and keys of a tile where documents end: masks stay small, and more tiles can be left out that nobody sees."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ class Sight:
             # Before the queries, then at the same positions.
             for low, high, causal in ((start, min(stop, first), False), (max(start, first), min(stop, last), True)):
                 low = low if causal else max(low, earliest)
-                if low < high:
-                    here = slice(offset + low - start, offset + high - start)
+                while low < high:
+                    end = min(high, low + _MASKED_KEYS) if latest > low and not causal else high
+                    here = slice(offset + low - start, offset + end - start)
                     found.append(Tile(rows, here, first, low, causal, latest > low))
+                    low = end
             offset += stop - start
         return found
 

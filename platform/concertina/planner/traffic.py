@@ -19,6 +19,7 @@ drop alike is not counted yet.
     edp, dp_cp ..  reduce_scatter   gradients to the owners of pieces, in at least fp32 (ZeRO-1)
                    all_gather       updated weights
     seconds        exchange         the summed gradients of own pieces, as wide, to the rank's second owner
+    pp             exchange         hidden states to the next piece's stage, their gradients back
     world          all_reduce       what the ranks of a step must agree on
 
 Sources: Korthikanti et al. 2022 (sequence parallelism), arXiv 2504.14960 (dispatcher), Rajbhandari et al. 2020 (ZeRO).
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from concertina.config import ModelConfig, Precision
 from concertina.errors import ConfigError
 from concertina.layout import (
+    ENDS,
     Axis,
     Exchange,
     Layout,
@@ -105,16 +107,27 @@ class Sender:
         return self.model.hidden_size * self.element_bytes
 
     @property
-    def moe_layers(self) -> int:
-        return sum(self.model.is_moe_layer(layer) for layer in range(self.model.num_hidden_layers))
+    def num_layers(self) -> int:
+        """Of the stage of this rank."""
+        return len(self.layout.layers_of(self.model.num_hidden_layers, self.rank))
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Of the stage of this rank, those with experts."""
+        return sum(map(self.model.is_moe_layer, self.layout.layers_of(self.model.num_hidden_layers, self.rank)))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model ends here."""
+        return self.layout.pieces - 1 in self.layout.pieces_of(self.rank)
 
     @property
     def crossings(self) -> int:
-        """Ways into products over tp and out again, forward, of hidden states: attention's where it has no latents, a
-        dense or shared expert's of every layer; embedding and head make one together."""
-        layers = self.model.num_hidden_layers
-        alone = self.moe_layers if not self.model.shared_expert_intermediate_size else 0
-        return (1 if self.model.kv_lora_rank else 2) * layers - alone + 1
+        """Ways into products over tp and out again, forward and backward, of hidden states: attention's where it has no
+        latents, a dense or shared expert's of every layer; embedding's out and back in, the head's in and back out."""
+        alone = self.num_moe_layers if not self.model.shared_expert_intermediate_size else 0
+        of_layers = (1 if self.model.kv_lora_rank else 2) * self.num_layers - alone
+        return 2 * of_layers + (0 in self.layout.pieces_of(self.rank)) + self.has_head
 
     @property
     def latent_width(self) -> int:
@@ -128,10 +141,9 @@ class Sender:
 def step(sender: Sender, length: int, micro_batches: Sequence[int], routing: Sequence[Sequence[Counts]]) -> Traffic:
     """Everything of one training step, for micro-batches of so many sequences of `length` tokens.
 
-    `routing`: by micro-batch, by layer with experts. Raises ConfigError for a model that drops tokens, and for stages.
+    `routing`: by micro-batch, by layer with experts of this rank's stage. Raises ConfigError for a model that drops
+    tokens.
     """
-    if sender.layout.pp > 1:
-        raise ConfigError("what pipeline stages send each other is not counted yet: set layout.pp to 1")
     if sender.model.capacity.factor is not None:
         raise ConfigError("what ranks exchange to drop alike is not counted yet: leave model.capacity.factor out")
     computed = (micro_batch(sender, length, *each) for each in zip(micro_batches, routing, strict=True))
@@ -145,21 +157,34 @@ def micro_batch(sender: Sender, length: int, sequences: int, routing: Sequence[C
     tokens = max(1, sequences) * chunks_size(length, cp, place)
     per_token = sender.wide_bytes * tokens
     parts = [
-        _times(crossing(sender, tokens), 2 * sender.crossings),
+        _times(crossing(sender, tokens), sender.crossings),
         *_latent_crossings(sender, tokens),
-        _all_reduce("tp", tp, per_token),  # of the loss, the largest logit
-        _all_reduce("tp", tp, 2 * per_token),  # and the sum of exponentials, the target's logit
+        _between_stages(sender, tokens),
     ]
+    if sender.has_head:
+        parts.append(_all_reduce("tp", tp, per_token))  # of the loss, the largest logit
+        parts.append(_all_reduce("tp", tp, 2 * per_token))  # and the sum of exponentials, the target's logit
     if model.qk_norm == "full":  # queries and keys, forward and backward
-        parts.append(_times(_all_reduce("tp", tp, per_token), 4 * model.num_hidden_layers))
-    parts.append(_times(context(sender, length, sequences), model.num_hidden_layers))
-    parts.append(_times(_counted(sender, max(1, sequences)), sender.moe_layers))
+        parts.append(_times(_all_reduce("tp", tp, per_token), 4 * sender.num_layers))
+    parts.append(_times(context(sender, length, sequences), sender.num_layers))
+    parts.append(_times(_counted(sender, max(1, sequences)), sender.num_moe_layers))
     if not sender.sequence_parallel:  # gradients of the tokens that every lane routes for itself
-        parts.append(_times(_all_reduce("tp", tp, per_token * model.hidden_size), sender.moe_layers))
+        parts.append(_times(_all_reduce("tp", tp, per_token * model.hidden_size), sender.num_moe_layers))
     for layer in routing:
         moved = dispatch(sender, layer)
         parts += [moved, {key: count for key, count in moved.items() if key[1] != "counts"}]
     return _sum([*parts, *_computed_again(sender, length, max(1, sequences), routing)])
+
+
+def _between_stages(sender: Sender, tokens: int) -> Traffic:
+    """From every piece here but the model's last to the next one, and from all but its first back."""
+    layout = sender.layout
+    if layout.pp == 1:
+        return {}
+    here = layout.pieces_of(sender.rank)
+    messages = 2 * len(here) - (0 in here) - sender.has_head
+    rows = _own_tokens(sender, tokens) if sender.sequence_parallel else tokens
+    return {("pp", "exchange"): messages * rows * sender.row_bytes}
 
 
 def _counted(sender: Sender, sequences: int) -> Traffic:
@@ -179,19 +204,19 @@ def _computed_again(sender: Sender, length: int, sequences: int, routing: Sequen
     way_in = {key: sent for key, sent in across.items() if key[1] == "all_gather"}
     way_out = {key: sent for key, sent in across.items() if key[1] != "all_gather"}
     if {"layer", "attention", "core"} & kinds:  # the backward's own exchange is counted already
-        yield _times(context(sender, length, sequences, again=True), model.num_hidden_layers)
+        yield _times(context(sender, length, sequences, again=True), sender.num_layers)
     if {"layer", "attention"} & kinds:
-        yield _times(way_in, model.num_hidden_layers)
+        yield _times(way_in, sender.num_layers)
         if model.qk_norm == "full":
-            yield _times(_all_reduce("tp", tp, sender.wide_bytes * tokens), 2 * model.num_hidden_layers)
+            yield _times(_all_reduce("tp", tp, sender.wide_bytes * tokens), 2 * sender.num_layers)
     if "layer" in kinds:  # attention is not the end
-        yield _times(way_out, model.num_hidden_layers)
+        yield _times(way_out, sender.num_layers)
     if {"layer", "mlp"} & kinds:
-        yield _times(way_in, model.num_hidden_layers - sender.moe_layers)
+        yield _times(way_in, sender.num_layers - sender.num_moe_layers)
     if {"layer", "moe"} & kinds:
-        yield _times(_counted(sender, sequences), sender.moe_layers)
+        yield _times(_counted(sender, sequences), sender.num_moe_layers)
         if model.shared_expert_intermediate_size:
-            yield _times(across, sender.moe_layers)
+            yield _times(across, sender.num_moe_layers)
         yield from (dispatch(sender, layer) for layer in routing)
 
 
@@ -204,7 +229,7 @@ def crossing(sender: Sender, tokens: int) -> Traffic:
 
 def _latent_crossings(sender: Sender, tokens: int) -> list[Traffic]:
     """Latents in and hidden states out, forward; in the backward hidden states in and latents out, of every layer."""
-    width, hidden, layers = sender.latent_width, sender.model.hidden_size, sender.model.num_hidden_layers
+    width, hidden = sender.latent_width, sender.model.hidden_size
     if not width:
         return []
     if not sender.sequence_parallel:  # sums of outputs, and of latents' gradients
@@ -212,7 +237,7 @@ def _latent_crossings(sender: Sender, tokens: int) -> list[Traffic]:
     else:
         forward = [_entering(sender, tokens, width), _leaving(sender, tokens)]
         parts = [*forward, _entering(sender, tokens, hidden), _leaving(sender, tokens, width)]
-    return [_times(part, layers) for part in parts]
+    return [_times(part, sender.num_layers) for part in parts]
 
 
 def _own_tokens(sender: Sender, tokens: int) -> int:
@@ -291,13 +316,19 @@ def zero(sender: Sender) -> Traffic:
     parts: list[Traffic] = []
     for members in plan_buckets(shards(sender.model, layout, rank).values()):
         group = members[0].group
-        copies = kv_copies(sender.model, layout.tp)
-        ranks = layout.neighbours_of(rank, copies) if group == "dp_cp_kv" else layout.group_of(group, rank)
-        others = len(ranks) - 1
-        length = segment_length(plan_slots({shard.name: shard.box for shard in members}, len(ranks)))
+        size = len(_members(sender, group))
+        others = size - 1
+        length = segment_length(plan_slots({shard.name: shard.box for shard in members}, size))
         gradients, weights = others * length * sender.wide_bytes, others * length * sender.element_bytes
         parts.append({(group, "reduce_scatter"): gradients, (group, "all_gather"): weights})
     return _sum(parts)
+
+
+def _members(sender: Sender, group: str) -> tuple[int, ...]:
+    layout, rank = sender.layout, sender.rank
+    if group == "dp_cp_kv":
+        return layout.neighbours_of(rank, kv_copies(sender.model, layout.tp))
+    return layout.ends_of(rank) if group == ENDS else layout.group_of(group, rank)
 
 
 def seconds(sender: Sender) -> Traffic:
@@ -310,7 +341,8 @@ def seconds(sender: Sender) -> Traffic:
 
 def agreement(sender: Sender) -> Traffic:
     """Once a step: one vector of float64 over the world."""
-    elements = _AGREED + sender.moe_layers * sender.model.num_experts
+    model = sender.model
+    elements = _AGREED + sum(map(model.is_moe_layer, range(model.num_hidden_layers))) * model.num_experts
     return _all_reduce("world", sender.layout.world, elements * _AGREED_BYTES)
 
 

@@ -117,13 +117,15 @@ def short_node(node: str) -> str:
 
 
 def short_layout(layout: Mapping[str, Any]) -> str:
-    """`dp3 ep1`: dp and ep, and every other degree that is not 1. `edp` follows from them and is left out."""
+    """`dp3 ep1`: dp and ep, and every other degree that is not 1; `pp2x3` has three pieces a stage. `edp` follows from
+    the others and is left out."""
     degrees: dict[str, Any] = {}
     for key, value in layout.items():
         degrees |= value if isinstance(value, Mapping) else {key: value}
     shown = [f"{axis}{degrees[axis]}" for axis in ("pp", "cp", "tp", "etp") if degrees.get(axis, 1) != 1]
     always = [f"{axis}{degrees[axis]}" for axis in ("dp", "ep") if axis in degrees]
-    return " ".join([*always, *shown])
+    pieces = degrees.get("virtual", 1)
+    return " ".join(f"{each}x{pieces}" if each.startswith("pp") and pieces > 1 else each for each in [*always, *shown])
 
 
 def _short_bytes(count: int) -> str:

@@ -430,7 +430,7 @@ class Engine:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must know beside tensors; JSON-able, equal on every rank."""
-        return self._facts_alike() | {"layout": self.layout.degrees, "precision": self.job.training.precision}
+        return self._facts_alike() | {"layout": self.layout.facts, "precision": self.job.training.precision}
 
     def _facts_alike(self) -> dict[str, Any]:
         """What does not change with the layout."""
