@@ -82,7 +82,7 @@ def _open(file: str, world: int | None, degrees: dict[str, int]) -> OpenedJob:
 @dataclass(frozen=True)
 class _Cost:
     """What a job's model is and takes, and which layers each stage has. `micro_batch`: sequences of one on the first
-    rank, whose `activations` are counted where it computes all layers of whole sequences."""
+    rank, whose `activations` are not counted of latent attention."""
 
     total: int
     active: int
@@ -125,7 +125,8 @@ class _Cost:
             return []
         again = f", and {short_bytes(found.again)} of a layer while it is computed again" if found.again else ""
         tokens = f"{self.micro_batch} x {self.sequence_length} tokens"
-        return [f"activations {short_bytes(found.kept)} of a micro-batch of {tokens}, even routing{again}"]
+        what = f"the micro-batches of {tokens} in flight" if self.stages else f"a micro-batch of {tokens}"
+        return [f"activations {short_bytes(found.kept)} of {what}, even routing{again}"]
 
     def _memory(self) -> list[str]:
         found = self.bytes_per_rank
@@ -175,16 +176,19 @@ def _stages(opened: OpenedJob) -> str:
 
 
 def _activations(job: Job, chosen: Layout) -> tuple[int, Activations | None]:
-    """Sequences of a micro-batch on the first rank, and what it keeps of them."""
+    """Sequences of a micro-batch on the first rank, and what it keeps of all it has in flight; None where that is not
+    counted."""
     from concertina.planner.activations import activations
     from concertina.planner.traffic import Sender
 
     training = job.training
     share = -(-training.global_batch_size // chosen.dp)
-    sequences = min(share, training.micro_batch_size or share)
-    if chosen.pp > 1 or chosen.cp > 1:
+    whole = job.model.capacity.whole_sequences
+    sequences = min(share, training.micro_batch_size or (share if chosen.pp == 1 else whole))
+    if job.model.kv_lora_rank:
         return sequences, None
     sequence_parallel = job.layout.sequence_parallel
     sender = Sender(job.model, chosen, 0, training.precision, sequence_parallel, recomputed=training.recomputed)
     on_gpu = job.cluster.device == "cuda" or (job.cluster.device == "auto" and training.precision == "bfloat16")
-    return sequences, activations(sender, job.data.sequence_length, sequences, "cuda" if on_gpu else "cpu")
+    number, length = -(-share // sequences), job.data.sequence_length
+    return sequences, activations(sender, length, sequences, "cuda" if on_gpu else "cpu", number)

@@ -126,6 +126,8 @@ def test_with_the_kernels_of_a_gpu(kinds: Any) -> None:
         ({"world": 2, "ep": 2}, "selective"),
         ({"world": 2, "etp": 2}, ["activation", "permute"]),
         ({"world": 2, "tp": 2, "ep": 2}, "full"),
+        ({"world": 2, "cp": 2}, "none"),
+        ({"world": 2, "cp": 2, "ep": 2}, ["core", "norm"]),
     ],
     ids=str,
 )
@@ -136,6 +138,25 @@ def test_on_a_layout(degrees: dict[str, int], kinds: Any) -> None:
     layout = Layout(**degrees)
     counted = sum(layer_bytes(sender_of(three, layout, r), LENGTH, SEQUENCES, True, "cpu").kept for r in range(2))
     assert more - less == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("micro_batches", "in_flight"), [(1, [1, 1, 1]), (2, [2, 2, 1]), (7, [3, 2, 1])])
+def test_a_stage_keeps_what_it_has_in_flight(micro_batches: int, in_flight: list[int]) -> None:
+    job, layout = job_of(6), Layout(3, pp=3)
+    for stage, number in enumerate(in_flight):
+        sender = sender_of(job, layout, stage)
+        found = activations(sender, LENGTH, 1, "cpu", micro_batches)
+        assert found.kept == number * 2 * layer_bytes(sender, LENGTH, 1, True, "cpu").kept
+
+
+@pytest.mark.unit
+def test_interleaved_pieces_keep_more() -> None:
+    job = job_of(8)
+    usual, interleaved = (
+        activations(sender_of(job, Layout(2, pp=2, virtual=virtual)), LENGTH, 1, "cpu", 8).kept for virtual in (1, 2)
+    )
+    assert usual < interleaved <= 2 * usual
 
 
 @pytest.mark.unit

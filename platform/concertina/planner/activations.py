@@ -1,20 +1,22 @@
 """How much of a forward does a rank keep for its backward? Tensor by tensor, with and without computing some again.
 
-Counted is what autograd saves inside the layers, for one micro-batch under even routing, on ranks that compute all
-layers on whole sequences. Outside of layers the head holds its gradients, which it makes in its forward (the inputs',
-the weight's). Scalars and a norm's scales of heads are left out.
-Letters: R tokens of this lane between products, T of all lanes, Q rows for the experts here, D, E, K, F as in the
-model, H and V the widths of this lane's query heads and key-value heads.
+Counted is what autograd saves inside the layers under even routing, of one micro-batch, or of those that a pipeline
+stage has in flight. Outside of layers the head holds its gradients, which it makes in its forward (the inputs', the
+weight's). Scalars and a norm's scales of heads are left out; latent attention is not counted.
+Letters: R tokens of this lane between products, T of all lanes (of cp, of its own chunks), Q rows for the experts here,
+D, E, K, F as in the model, H and V the widths of this lane's query heads and key-value heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
-from concertina.layout import Axis, cut, cut_heads
+from concertina.layout import Axis, chunks_size, cut, cut_heads
 from concertina.planner.traffic import Sender
+from concertina.schedule.pipeline import training_plan
 
 __all__ = ["Activations", "activations", "layer_bytes"]
 
@@ -49,11 +51,21 @@ class _Kept:
     """The region, smaller than the half, that it is inside: `core`, `experts`."""
 
 
-def activations(sender: Sender, length: int, sequences: int, kernels: Kernels = "cuda") -> Activations:
-    """Of a micro-batch of so many sequences on the rank of `sender`, by its `recomputed`."""
-    layers = range(sender.model.num_hidden_layers)
-    found = [layer_bytes(sender, length, sequences, sender.model.is_moe_layer(layer), kernels) for layer in layers]
-    return Activations(sum(each.kept for each in found), max(each.again for each in found))
+def activations(
+    sender: Sender, length: int, sequences: int, kernels: Kernels = "cuda", micro_batches: int = 1
+) -> Activations:
+    """Of the rank of `sender`, by its `recomputed`, at the moment in a step of so many micro-batches of so many
+    sequences at which the most is kept."""
+    model, layout = sender.model, sender.layout
+    kept, again = {}, 0
+    for piece in layout.pieces_of(sender.rank):
+        layers = layout.piece_layers(model.num_hidden_layers, piece)
+        found = [layer_bytes(sender, length, sequences, model.is_moe_layer(layer), kernels) for layer in layers]
+        kept[piece] = sum(each.kept for each in found)
+        again = max(again, *(each.again for each in found))
+    plan = training_plan(layout.pp, layout.virtual, micro_batches).actions[layout.coordinate(sender.rank, Axis.PP)]
+    signs = (kept[action.piece] if action.direction == "forward" else -kept[action.piece] for action in plan)
+    return Activations(max(accumulate(signs)), again)
 
 
 def layer_bytes(sender: Sender, length: int, sequences: int, is_moe: bool, kernels: Kernels = "cuda") -> Activations:
@@ -89,7 +101,7 @@ class _Sizes:
         self.model, self.layout, self.sender, self.kernels = model, layout, sender, kernels
         self.length, self.sequences = length, sequences
         lane = layout.coordinate(sender.rank, Axis.TP)
-        self.all_tokens = sequences * length
+        self.all_tokens = sequences * chunks_size(length, layout.cp, layout.coordinate(sender.rank, Axis.CP))
         start, stop = cut(self.all_tokens, layout.tp, lane) if sender.sequence_parallel else (0, self.all_tokens)
         self.tokens = stop - start
         heads = cut_heads(model, layout.tp, lane)
@@ -135,7 +147,10 @@ class _Sizes:
             yield _Kept("attention", width * (self.heads + self.key_values))
         yield _Kept("attention", width * self.heads)  # what the core gives and the output projection keeps
         yield _Kept("attention", width * (self.heads + self.key_values), inside="core")  # rotated
-        if self.kernels == "cpu" and self._element >= 4 and self.length <= _BLOCKWISE:
+        if self.layout.cp > 1:  # in tiles: values beside their keys, the output before heads and tokens change places
+            yield _Kept("attention", width * (self.key_values + self.heads), inside="core")
+            yield _Kept("attention", self.all_tokens * self.heads * self._wide, inside="core")
+        elif self.kernels == "cpu" and self._element >= 4 and self.length <= _BLOCKWISE:
             yield _Kept("attention", width * self.key_values, inside="core")
             yield _Kept("attention", self._probabilities(), inside="core")
         else:  # values are a view of keys and values; and the logarithms of the softmax's sums
