@@ -202,7 +202,8 @@ def test_too_few_and_back_again(
     stage.ends_well(reference, nothing_left)
 
 
-@pytest.mark.parametrize("least", [1, pytest.param(4, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("least", [1, 4])
 def test_stopped_while_it_recovers(
     least: int, start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:

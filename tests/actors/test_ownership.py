@@ -231,6 +231,7 @@ def describe(drive: Drive) -> dict[str, dict[str, Any]]:
     return told
 
 
+@pytest.mark.soak
 def test_a_killed_member_costs_no_step_and_the_others_stay_who_they_are(
     start: Start, reference: Drive, cluster: LocalCluster, nothing_left: NothingLeft
 ) -> None:
@@ -260,6 +261,7 @@ def test_a_killed_member_costs_no_step_and_the_others_stay_who_they_are(
     nothing_left(drive)
 
 
+@pytest.mark.soak
 def test_after_a_loss_every_loss_is_the_uninterrupted_runs(
     start: Start, reference: Drive, nothing_left: NothingLeft
 ) -> None:
@@ -317,6 +319,7 @@ def members_below(pid: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.soak
 def test_a_frozen_member_is_ended_and_the_run_goes_on(
     start: Start, reference: Drive, nothing_left: NothingLeft
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from concertina import errors
 from concertina.config import load_job
 from concertina.layout import Layout
-from concertina.planner.activations import activations
+from concertina.planner.activations import activations, layer_bytes
 from concertina.planner.flops import flops_per_token
 from concertina.planner.memory import rank_bytes
 from concertina.planner.traffic import Sender
@@ -199,7 +199,11 @@ def test_layout_of_equal_ranks_and_of_stages(run: Callable[..., Outcome]) -> Non
     assert "\nlayers      pp0 0 2, pp1 1 3\n" in run("layout", "quickstart-pipeline")[1]
     document = json.loads(run("layout", "mixtral-8x7b", "-o", "json")[1])
     assert document["bytes_per_rank"]["largest"]["rank"] == 48
-    assert document["activations"] is None
+    # Four stages: the first has four of the sixteen micro-batches in flight, in eight layers.
+    model = load_job(ROOT / "jobs/mixtral-8x7b.yaml").model
+    layer = layer_bytes(Sender(model, Layout(64, pp=4, ep=8), 0, "bfloat16"), 4096, 1, True, "cuda")
+    assert document["activations"] == {"kept": 4 * 8 * layer.kept, "again": 0}
+    assert json.loads(run("layout", "quickstart-latent", "-o", "json")[1])["activations"] is None
 
 
 def test_layout_ends_with_the_next_command(run: Callable[..., Outcome]) -> None:
