@@ -1,25 +1,27 @@
 """How long do pipeline stages do nothing? python -m benchmarks.pipeline -o FILE
 
 Four stages that wait where others compute (`cluster.device: timed`), so that two cores do not hide what a schedule
-costs: 1F1B and interleaved pieces with few and many micro-batches, taking turns, beside their formulas. Of a step, the
-bubble is what remains when the stages' own work is taken away; sending, optimizer and interpreter are in it too.
+costs: 1F1B and interleaved pieces with few and many micro-batches, taking turns, beside their formulas. The bubble is
+the share of a step in which a stage is blocked until another one's message comes. Beside it stands all that is no
+product: what is real here (norms, routers, sending, optimizer, the interpreter) is in that as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
 from benchmarks.spawned import Bounds, answers_of
 from concertina.config import Job
 from concertina.layout import Layout
 
-__all__ = ["CASES", "formula", "measure", "rows_of"]
+__all__ = ["CASES", "Shares", "formula", "measure", "rows_of"]
 
 STAGES = 4
 TOKENS = 64
@@ -66,16 +68,27 @@ class _Tokens:
         return tokens, tokens
 
 
-def measure(rounds: int, cases: list[tuple[int, int]] | None = None) -> dict[tuple[int, int], list[float]]:
-    """Share of a step in which the stages do nothing, one sample a round, after a round of warm-up."""
+class Shares(NamedTuple):
+    """Of a step, on average over the stages: blocked, and not in a product."""
+
+    blocked: float
+    no_product: float
+
+
+def measure(rounds: int, cases: list[tuple[int, int]] | None = None) -> dict[tuple[int, int], list[Shares]]:
+    """One sample a round, after a round of warm-up."""
     cases = CASES if cases is None else cases
     found = answers_of(_stage, STAGES, Bounds(TIMEOUT, 900), rounds + 1, cases)
-    samples: dict[tuple[int, int], list[float]] = {}
+    samples: dict[tuple[int, int], list[Shares]] = {}
     for case in cases:
         steps = zip(*(stage[case] for stage in found), strict=True)
-        idle = [1 - fmean(busy for _, busy in step) / max(seconds for seconds, _ in step) for step in steps]
-        samples[case] = idle[1:]
+        samples[case] = [_shares(step) for step in steps][1:]
     return samples
+
+
+def _shares(stages: Sequence[tuple[float, float, float]]) -> Shares:
+    seconds, blocked, products = zip(*stages, strict=True)
+    return Shares(fmean(blocked) / max(seconds), 1 - fmean(products) / max(seconds))
 
 
 def _stage(rank: int, port: int, rounds: int, cases: list[tuple[int, int]], answers: Any) -> None:
@@ -93,15 +106,15 @@ def _stage(rank: int, port: int, rounds: int, cases: list[tuple[int, int]], answ
         engine = Engine(job_of(micro_batches, virtual), view, view, torch.device("cpu"))
         engine.configure(layout, rank, groups)
         engines[micro_batches, virtual] = engine
-    found: dict[tuple[int, int], list[tuple[float, float]]] = {case: [] for case in engines}
+    found: dict[tuple[int, int], list[tuple[float, float, float]]] = {case: [] for case in engines}
     for step in range(1, rounds + 1):
         for case, engine in engines.items():
             engine.confirm()  # all begin together
             work = _count_work(engine)
-            start = time.perf_counter()
+            start, blocked = time.perf_counter(), engine.groups.waited_s
             engine.train_step(step)
             engine.settle()
-            found[case].append((time.perf_counter() - start, work[0]))
+            found[case].append((time.perf_counter() - start, engine.groups.waited_s - blocked, work[0]))
     answers.put(found)
 
 
@@ -118,13 +131,14 @@ def _count_work(engine: Any) -> list[float]:
     return seconds
 
 
-def rows_of(samples: dict[tuple[int, int], list[float]]) -> list[Row]:
-    """Each case measured, then by the formula."""
+def rows_of(samples: dict[tuple[int, int], list[Shares]]) -> list[Row]:
+    """Each case measured, then by the formula, then with all that is no product."""
     rows = []
     for (micro_batches, virtual), shares in samples.items():
         name = f"{STAGES} stages, {micro_batches} micro-batches" + (f", {virtual} pieces each" if virtual > 1 else "")
-        rows.append(Row.of(f"{name}: bubble", "of step", shares))
+        rows.append(Row.of(f"{name}: bubble", "of step", [each.blocked for each in shares]))
         rows.append(Row(f"{name}: by the formula", formula(micro_batches, virtual), "of step"))
+        rows.append(Row.of(f"{name}: all that is no product", "of step", [each.no_product for each in shares]))
     return rows
 
 
