@@ -21,7 +21,7 @@ from benchmarks.spawned import Bounds, answers_of
 from concertina.config import Job
 from concertina.layout import Layout
 
-__all__ = ["CASES", "Shares", "formula", "measure", "rows_of"]
+__all__ = ["CASES", "Shares", "case_name", "formula", "measure", "rows_of"]
 
 STAGES = 4
 TOKENS = 64
@@ -131,11 +131,16 @@ def _count_work(engine: Any) -> list[float]:
     return seconds
 
 
+def case_name(micro_batches: int, virtual: int) -> str:
+    """How rows of a case begin."""
+    return f"{STAGES} stages, {micro_batches} micro-batches" + (f", {virtual} pieces each" if virtual > 1 else "")
+
+
 def rows_of(samples: dict[tuple[int, int], list[Shares]]) -> list[Row]:
     """Each case measured, then by the formula, then with all that is no product."""
     rows = []
     for (micro_batches, virtual), shares in samples.items():
-        name = f"{STAGES} stages, {micro_batches} micro-batches" + (f", {virtual} pieces each" if virtual > 1 else "")
+        name = case_name(micro_batches, virtual)
         rows.append(Row.of(f"{name}: bubble", "of step", [each.blocked for each in shares]))
         rows.append(Row(f"{name}: by the formula", formula(micro_batches, virtual), "of step"))
         rows.append(Row.of(f"{name}: all that is no product", "of step", [each.no_product for each in shares]))

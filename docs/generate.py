@@ -17,11 +17,21 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from benchmarks.axes import LAYOUTS, bytes_of_a_step, row_name
+from benchmarks.pipeline import CASES, case_name
 from concertina.config import Job
 from concertina.config.explain import ANY_NAME, section_below
 from concertina.elastic.waits import BOUNDS, ORDER
 
-__all__ = ["TABLES", "axes_table", "bounds_table", "keys_table", "results_table", "table_in", "with_table"]
+__all__ = [
+    "TABLES",
+    "axes_table",
+    "bounds_table",
+    "bubbles_table",
+    "keys_table",
+    "results_table",
+    "table_in",
+    "with_table",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,6 +90,26 @@ def axes_table(folder: Path = RESULTS) -> str:
             ratio = row["value"] if row["unit"] == "ratio" else 1.0
             samples = len(row["samples"])
             lines.append(f"| {name} | {ratio:.2f} | {bytes_of_a_step(degrees) / 1e6:.0f} | {samples} |")
+    return "\n".join(lines)
+
+
+def bubbles_table(folder: Path = RESULTS) -> str:
+    """How long stages are blocked, by the newest result, beside the formula."""
+    paths = sorted(folder.glob("pipeline_*.json"))
+    if not paths:
+        return "Not measured yet: `python -m benchmarks.pipeline`."
+    document = json.loads(paths[-1].read_text(encoding="utf-8"))
+    measured = {row["name"]: row for row in document["rows"]}
+    lines = [
+        "| micro-batches | pieces a stage | bubble | by the formula | all that is no product | samples |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in CASES:
+        bubble, formula, rest = (
+            measured[f"{case_name(*case)}: {what}"] for what in ("bubble", "by the formula", "all that is no product")
+        )
+        shares = " | ".join(f"{100 * row['value']:.1f} %" for row in (bubble, formula, rest))
+        lines.append(f"| {case[0]} | {case[1]} | {shares} | {len(bubble['samples'])} |")
     return "\n".join(lines)
 
 
@@ -173,6 +203,7 @@ def _plain(text: str | None) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "results": ("README.md", results_table),
     "axes": ("docs/engine.md", axes_table),
+    "bubbles": ("docs/engine.md", bubbles_table),
     "bounds": ("docs/ownership.md", bounds_table),
     "keys": ("docs/keys.md", keys_table),
 }

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.axes import row_name
+from benchmarks.pipeline import CASES, Shares, rows_of
 from benchmarks.results import Row, write_result
-from docs.generate import AWAITED, axes_table, results_table, table_in
+from docs.generate import AWAITED, axes_table, bubbles_table, results_table, table_in
 from tests.house.tree import ROOT
 
 pytestmark = pytest.mark.unit
@@ -68,6 +69,15 @@ def test_every_measured_layout_has_a_line_with_its_bytes(tmp_path: Path) -> None
     base = Row.of(row_name("dp 4"), "tokens/s", [1500.0])
     write(tmp_path / "throughput_2core_202611.json", [base, Row.of(row_name("tp 2"), "ratio", [0.9, 0.8, 0.85])])
     assert axes_table(tmp_path).splitlines()[2:] == ["| dp 4 | 1.00 | 93 | 1 |", "| tp 2 | 0.85 | 92 | 3 |"]
+
+
+def test_bubbles_stand_beside_their_formula(tmp_path: Path) -> None:
+    samples = {case: [Shares(0.5, 0.6), Shares(0.4, 0.5), Shares(0.45, 0.7)] for case in CASES}
+    write(tmp_path / "pipeline_2core_202611.json", rows_of(samples))
+    first, *others = bubbles_table(tmp_path).splitlines()[2:]
+    assert first == "| 4 | 1 | 45.0 % | 42.9 % | 60.0 % | 3 |"
+    assert len(others) == len(CASES) - 1
+    assert bubbles_table(tmp_path / "nowhere").startswith("Not measured yet")
 
 
 def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
