@@ -43,7 +43,7 @@ def cost_rows(ranks: list[Turns], cores: int) -> list[Row]:
         _rate(ranks[0], REAL, turn, "server_cpu_s") - _rate(ranks[0], OFF, turn, "server_cpu_s") for turn in rounds
     ]
     of_member = [each / len(ranks) for each in server]
-    saying = [max(_part(rank[REAL][turn], "progress cpu") for rank in ranks) for turn in rounds]
+    saying = [max(_saying(rank[REAL][turn]) for rank in ranks) for turn in rounds]
     all_beats = [
         100 * len(ranks) * (mine + theirs + said / step) / cores
         for mine, theirs, said, step in zip(beats_rank, of_member, saying, step_s, strict=True)
@@ -158,6 +158,11 @@ def _rate(rank: Turns, way: str, turn: int, name: str = "cpu_s") -> float:
 
 def _slowest(ranks: list[Turns], way: str, turn: int) -> float:
     return max(float(rank[way][turn]["seconds"]) for rank in ranks) / STEPS_A_TURN
+
+
+def _saying(turn: dict[str, Any]) -> float:
+    """Where a rank is, and where its time goes; processor seconds a step."""
+    return _part(turn, "progress cpu") + _part(turn, "spent cpu")
 
 
 def _part(turn: dict[str, Any], name: str) -> float:

@@ -43,7 +43,7 @@ SETTINGS = ["training.steps=1000000", "training.eval_every_steps=1000000", "chec
 Turns = dict[str, list[dict[str, Any]]]
 """Of one rank, way to its turns: seconds, cpu_s of its supervisor thread, server_cpu_s (first rank only); of every time
 that a part was done the seconds, and under `<part> cpu` the processor seconds; seconds of `reduce`, `reduce without`.
-Parts are commit (`_commit_previous`, the first rank's `send` in it), note, send and progress."""
+Parts are commit (`_commit_previous`, the first rank's `send` in it), note, send, progress and spent."""
 
 
 class Stopwatch:
@@ -100,13 +100,22 @@ def _coordinate(folder: Path, pipe: Any, token: str) -> None:
     """The coordinator's end: what is heard is on disk before it is acknowledged. Tells its thread's time when asked."""
     from actors.book import Book
     from concertina.elastic.channel import ChannelServer
-    from concertina.elastic.messages import decode
+    from concertina.elastic.ledger import Ledger
+    from concertina.elastic.messages import TimeSpent, decode
     from concertina.track.events import EventLog
 
     book = Book(EventLog(folder / "events.jsonl", "supervision"), folder / "checkpoints", keep=1)
 
+    ledger = Ledger(time.monotonic(), RANKS)
+    for rank in range(RANKS):
+        ledger.born(rank, time.monotonic(), str(NODES[rank]))
+
     def heard(member: int, document: dict[str, Any]) -> None:
-        book.record(decode(document))
+        message = decode(document)
+        if isinstance(message, TimeSpent):
+            ledger.report(member, time.monotonic(), message.seconds, message.inside)
+            return
+        book.record(message)
         server.recorded = book.recorded
 
     server = ChannelServer(_LOOPBACK, token, heard, lambda member, evidence: None)
@@ -135,7 +144,7 @@ def _rank(place: tuple[int, int, tuple[str, int], str, Path], pipe: Any, rounds:
             client.start(lambda document: None)
             while not client.is_connected:
                 time.sleep(0.01)
-            loop.link.client = client
+            loop.link.client, loop.link.tells_times = client, way != OFF
             sample = _turn(loop, stopwatch, pipe)
             client.flush(timedelta(seconds=10))
             client.close()
@@ -151,6 +160,7 @@ def _loop(rank: int, store: Any, folder: Path) -> tuple[Any, Stopwatch]:
     from actors.rank_log import Stamp
     from concertina.elastic.messages import Message
     from concertina.elastic.second_owners import place_seconds
+    from concertina.elastic.timesheet import Timesheet
     from concertina.layout import Layout, Seating
     from concertina.parallel.groups import GroupOptions, form_groups
     from concertina.train.engine import Engine, StepResult
@@ -159,6 +169,8 @@ def _loop(rank: int, store: Any, folder: Path) -> tuple[Any, Stopwatch]:
     stopwatch = Stopwatch()
 
     class TimedLink(RankLink):
+        tells_times = True
+
         def send(self, message: Message) -> None:
             with stopwatch.time("send"):
                 super().send(message)
@@ -166,6 +178,11 @@ def _loop(rank: int, store: Any, folder: Path) -> tuple[Any, Stopwatch]:
         def progress(self, step: int, phase: str) -> None:
             with stopwatch.time("progress"):
                 super().progress(step, phase)
+
+        def spent(self, sheet: Timesheet) -> None:
+            if self.tells_times:
+                with stopwatch.time("spent"):
+                    super().spent(sheet)
 
     class TimedLoop(Loop):
         def note(self, result: StepResult | None) -> StepResult | None:
