@@ -425,7 +425,7 @@ class Regrouping:
     def _tell_change(self, change: Change, seating: Seating, step: int) -> None:
         now = time.monotonic()
         layout = seating.layout
-        self.book.event(EventType.GENERATION, step, world=layout.world, layout=layout.degrees, reason=change.cause)
+        self.book.event(EventType.GENERATION, step, world=layout.world, layout=layout.facts, reason=change.cause)
         if change.cause == "start":
             return
         moved = [formed.moved_bytes for formed in change.formed.values()]
@@ -451,7 +451,7 @@ class Regrouping:
             },
             bytes_local=sum(found.get("local", 0) for found in moved),
             bytes_moved=sum(found.get("moved", 0) for found in moved),
-            layout=layout.degrees,
+            layout=layout.facts,
         )
         self.book.event(EventType.RECOVERY, step, **recovery.to_json())
 

@@ -60,8 +60,10 @@ def inspect(checkpoint: Where, storage: Storage = "runs", output: OutputOption =
         print_json({"folder": str(folder), **manifest.model_dump()})
         return
     facts = {key: value for key, value in manifest.facts.items() if key not in ("anomalies", "layout")}
-    for key, value in {"folder": folder, "layout": _degrees(manifest.facts), **facts, "bytes": manifest.bytes}.items():
-        sys.stdout.write(f"{key:<12} {value}\n")
+    told = {"folder": folder, "layout": _degrees(manifest.facts), **facts, "bytes": manifest.bytes}
+    width = max(map(len, told))
+    for key, value in told.items():
+        sys.stdout.write(f"{key:<{width}}  {value}\n")
     rows = [[name, "x".join(map(str, shape))] for name, shape in manifest.shapes.items() if name.startswith("master/")]
     sys.stdout.write("\n")
     print_table(["tensor (also exp_avg, exp_avg_sq)", "shape"], rows)
