@@ -35,17 +35,19 @@ def answers_of(rank: Callable[..., None], world: int, bounds: Bounds, *arguments
     for process in ranks:
         process.start()
     try:
-        return [_answer(answers, ranks, bounds.answer_s) for _ in ranks]
+        return [_answer(answers, ranks, number, bounds.answer_s) for number in range(world)]
     finally:
         for process in ranks:
             process.join(10)
             process.kill()
 
 
-def _answer(answers: Any, ranks: Sequence[Any], bound_s: int) -> Any:
+def _answer(answers: Any, ranks: Sequence[Any], had: int, bound_s: int) -> Any:
+    """The next one, after `had`."""
     for _ in range(bound_s):
-        with suppress(queue.Empty):
+        codes = [process.exitcode for process in ranks]
+        with suppress(queue.Empty):  # who has ended has said before what it had to say
             return answers.get(timeout=1.0)
-        if failed := [process.name for process in ranks if process.exitcode]:
-            raise UserError(f"{', '.join(failed)} ended without an answer")
+        if len(codes) - codes.count(None) > had:
+            raise UserError(f"a rank ended without an answer; exit codes of all: {codes}")
     raise UserError(f"no answer in {bound_s} s")

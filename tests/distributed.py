@@ -39,6 +39,10 @@ __all__ = ["form", "listening_store", "on_ranks", "run_distributed", "seat"]
 _PRELOAD = ["torch", "pytest", "concertina.train.loop", "concertina.train.standalone", "tests.train.worlds"]
 
 
+_ALONE_S = 10
+"""How long peers of a rank that has died may be silent: most end by themselves, with an error or as the test wants."""
+
+
 def listening_store(timeout_s: float = 30.0) -> Any:
     """A store of this process on a free loopback port."""
     listener = socket.socket()
@@ -101,21 +105,23 @@ def _collect(results: Any, ranks: Sequence[Any], timeout_s: float) -> list[Any]:
     while missing := sorted(set(range(len(ranks))) - set(found)):
         rank, value, error = _next(results, [(number, ranks[number]) for number in missing], timeout_s)
         if error:
-            raise AssertionError(f"rank {rank} failed:\n{error}")
+            codes = {number: ranks[number].exitcode for number in missing if ranks[number].exitcode}
+            raise AssertionError(f"rank {rank} failed, dead before it by exit code {codes}:\n{error}")
         found[rank] = value
     return [found[rank] for rank in range(len(ranks))]
 
 
 def _next(results: Any, ranks: Sequence[tuple[int, Any]], timeout_s: float) -> Any:
-    deadline = time.monotonic() + timeout_s
+    waited_s, deadline = 0, time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         codes = [process.exitcode for _, process in ranks]
         with suppress(Empty):  # what an ended one had said before is read first
             return results.get(timeout=1.0)
-        if None not in codes:
+        waited_s += 1
+        if None not in codes or (any(codes) and waited_s > _ALONE_S):
             break
-    codes = [process.exitcode for _, process in ranks]
-    raise TimeoutError(f"ranks {[number for number, _ in ranks]} said nothing within {timeout_s} s; exit codes {codes}")
+    numbers, codes = [number for number, _ in ranks], [process.exitcode for _, process in ranks]
+    raise TimeoutError(f"ranks {numbers} said nothing in {waited_s} s of {timeout_s}; exit codes {codes}")
 
 
 def _main(fn: Callable[..., Any], rank: int, port: int, timeout_s: float, results: Any, args: tuple[Any, ...]) -> None:

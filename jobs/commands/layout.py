@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from concertina.errors import ConfigError
-from concertina.layout import Layout, draw
+from concertina.layout import Layout, cut, draw
 from jobs.output import Output, OutputOption, next_commands, print_json, short_bytes, short_number
 
 if TYPE_CHECKING:  # bare degrees need neither YAML nor the schema
@@ -81,8 +81,8 @@ def _open(file: str, world: int | None, degrees: dict[str, int]) -> OpenedJob:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a job's model is and takes, and which layers each stage has. `micro_batch`: sequences of one on the first
-    rank, whose `activations` are not counted of latent attention."""
+    """What a job's model is and takes, and which layers each stage has. `micro_batch`: sequences of one; `activations`:
+    of the rank `keeper`, the first of the stage that keeps most; not counted of latent attention."""
 
     total: int
     active: int
@@ -92,6 +92,7 @@ class _Cost:
     bytes_per_rank: Extremes
     stages: str
     micro_batch: int
+    keeper: int
     activations: Activations | None
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class _Cost:
                 "largest": {"rank": found.largest, **found.most.to_json()},
                 "smallest": {"rank": found.smallest, **found.least.to_json()},
             },
-            "activations": None if self.activations is None else asdict(self.activations),
+            "activations": None if self.activations is None else {"rank": self.keeper, **asdict(self.activations)},
         }
 
     def lines(self) -> list[str]:
@@ -126,7 +127,8 @@ class _Cost:
         again = f", and {short_bytes(found.again)} of a layer while it is computed again" if found.again else ""
         tokens = f"{self.micro_batch} x {self.sequence_length} tokens"
         what = f"the micro-batches of {tokens} in flight" if self.stages else f"a micro-batch of {tokens}"
-        return [f"activations {short_bytes(found.kept)} of {what}, even routing{again}"]
+        where = f"rank {self.keeper}: " if self.stages else ""
+        return [f"activations {where}{short_bytes(found.kept)} of {what}, even routing{again}"]
 
     def _memory(self) -> list[str]:
         found = self.bytes_per_rank
@@ -157,8 +159,8 @@ def _cost(opened: OpenedJob) -> _Cost:
 
     model, length, precision = opened.job.model, opened.job.data.sequence_length, opened.job.training.precision
     held, flops = extremes(model, opened.layout, precision), flops_per_token(model, length)
-    micro = _activations(opened.job, opened.layout)
-    return _Cost(*count_parameters(model), flops, length, precision, held, _stages(opened), *micro)
+    micro, keeper, kept = _activations(opened.job, opened.layout)
+    return _Cost(*count_parameters(model), flops, length, precision, held, _stages(opened), micro, keeper, kept)
 
 
 def _stages(opened: OpenedJob) -> str:
@@ -175,20 +177,33 @@ def _stages(opened: OpenedJob) -> str:
     return ", ".join(f"pp{stage} {' '.join(map(shown, each))}" for stage, each in enumerate(pieces))
 
 
-def _activations(job: Job, chosen: Layout) -> tuple[int, Activations | None]:
-    """Sequences of a micro-batch on the first rank, and what it keeps of all it has in flight; None where that is not
-    counted."""
+def _activations(job: Job, chosen: Layout) -> tuple[int, int, Activations | None]:
+    """Sequences of the largest micro-batch, the rank that keeps most, of all it has in flight, and what it keeps; None
+    where that is not counted."""
     from concertina.planner.activations import activations
     from concertina.planner.traffic import Sender
 
-    training = job.training
-    share = -(-training.global_batch_size // chosen.dp)
-    whole = job.model.capacity.whole_sequences
-    sequences = min(share, training.micro_batch_size or (share if chosen.pp == 1 else whole))
+    training, length, whole = job.training, job.data.sequence_length, job.model.capacity.whole_sequences
+    # As the engine deals them out: the first rank of dp has most, and its first micro-batch.
+    largest = len(range(*cut(training.global_batch_size // whole, chosen.dp, 0))) * whole
+    number = -(-largest // (training.micro_batch_size or (largest if chosen.pp == 1 else whole)))
+    sequences = len(range(*cut(largest // whole, number, 0))) * whole
     if job.model.kv_lora_rank:
-        return sequences, None
-    sequence_parallel = job.layout.sequence_parallel
-    sender = Sender(job.model, chosen, 0, training.precision, sequence_parallel, recomputed=training.recomputed)
+        return sequences, 0, None
     on_gpu = job.cluster.device == "cuda" or (job.cluster.device == "auto" and training.precision == "bfloat16")
-    number, length = -(-share // sequences), job.data.sequence_length
-    return sequences, activations(sender, length, sequences, "cuda" if on_gpu else "cpu", number)
+
+    def of(rank: int) -> Activations:
+        sender = Sender(
+            job.model,
+            chosen,
+            rank,
+            training.precision,
+            job.layout.sequence_parallel,
+            recomputed=training.recomputed,
+            document_mask=job.data.document_mask,
+        )
+        return activations(sender, length, sequences, "cuda" if on_gpu else "cpu", number)
+
+    found = {rank: of(rank) for rank in range(0, chosen.world, chosen.stage)}
+    most = max(found, key=lambda rank: found[rank].peak)
+    return sequences, most, found[most]

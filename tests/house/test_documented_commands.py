@@ -155,6 +155,6 @@ def test_the_others_run_on_a_trained_run(folder: Path) -> None:
     for line, found in lines.items():
         if line in named:
             continue  # the same with a name runs anyway
-        done = [path.name for path in sorted((folder / "runs").glob("quickstart-*"), key=os.path.getmtime)]
+        done = [path.parent.name for path in sorted((folder / "runs").glob("*/events.jsonl"), key=os.path.getmtime)]
         told = re.sub(r"\bRUN\b", done[-1] if done else "", line)
         check(Documented(found.place, told, found.refusal), folder)

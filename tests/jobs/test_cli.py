@@ -173,7 +173,7 @@ def test_layout_of_a_job_prints_what_it_takes(run: Callable[..., Outcome]) -> No
         "smallest": {"rank": 2, **held[2].to_json()},
     }
     kept = activations(Sender(job.model, layout, 0), 256, 3, "cpu").kept  # eight sequences over dp 3
-    assert document["activations"] == {"kept": kept, "again": 0}
+    assert document["activations"] == {"rank": 0, "kept": kept, "again": 0}
     _, out, _ = run(*words)
     assert "\nmodel       4.9 M parameters, 2.3 M of them active for a token\n" in out
     assert "MiB of a micro-batch of 3 x 256 tokens, even routing\n" in out.partition("\nactivations ")[2]
@@ -199,10 +199,10 @@ def test_layout_of_equal_ranks_and_of_stages(run: Callable[..., Outcome]) -> Non
     assert "\nlayers      pp0 0 2, pp1 1 3\n" in run("layout", "quickstart-pipeline")[1]
     document = json.loads(run("layout", "mixtral-8x7b", "-o", "json")[1])
     assert document["bytes_per_rank"]["largest"]["rank"] == 48
-    # Four stages: the first has four of the sixteen micro-batches in flight, in eight layers.
+    # Four stages: the first has four of the sixteen micro-batches in flight, in eight layers, and what it sent of them.
     model = load_job(ROOT / "jobs/mixtral-8x7b.yaml").model
     layer = layer_bytes(Sender(model, Layout(64, pp=4, ep=8), 0, "bfloat16"), 4096, 1, True, "cuda")
-    assert document["activations"] == {"kept": 4 * 8 * layer.kept, "again": 0}
+    assert document["activations"] == {"rank": 0, "kept": 4 * (8 * layer.kept + 4096 * 4096 * 2), "again": 0}
     assert json.loads(run("layout", "quickstart-latent", "-o", "json")[1])["activations"] is None
 
 

@@ -150,7 +150,8 @@ def test_of_chunks_of_sequences(degrees: Degrees, exchange: str, precision: str)
 def test_of_stages(degrees: Degrees, tied: bool) -> None:
     """Each sends what its layers do, the ends theirs, and all of them hidden states to the next and the one before."""
     model = {"num_hidden_layers": 5, "tie_word_embeddings": tied}
-    job = tiny_job(model=model, training__precision="bfloat16", training__micro_batch_size=2)
+    sharing = {"sequence_parallel": not tied}
+    job = tiny_job(model=model, training__precision="bfloat16", training__micro_batch_size=2, layout=sharing)
     for traffic in check(job, degrees):
         assert ("pp", "exchange") in traffic
 
@@ -198,7 +199,9 @@ def test_what_is_computed_again_is_sent_again(kinds: str | list[str], sequence_p
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("kinds", ["full", ["core"], ["moe"]], ids=str)
 def test_keys_and_values_are_sent_again_too(kinds: str | list[str], exchange: str) -> None:
-    check(tiny_job(training__activation_checkpointing=kinds, layout={"context_exchange": exchange}), (4, 2, 2, 1, 2))
+    for model in ({}, LATENT):
+        changes = {"layout": {"context_exchange": exchange}, "model": model}
+        check(tiny_job(training__activation_checkpointing=kinds, **changes), (4, 2, 2, 1, 2))
 
 
 @pytest.mark.unit

@@ -136,7 +136,10 @@ LONG = [pytest.mark.soak, pytest.mark.timeout(900)]
 def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int, most_bytes: int) -> None:
     steps = 2 * count
     lives = run_distributed(many_generations, WORLD, steps, count, timeout_s=800)
-    engine = engine_on(tiny_job(training__steps=steps), Layout(1), 0, None)
+    alone, others = (
+        engine_on(tiny_job(training__steps=steps, **changes), Layout(1), 0, None)
+        for changes in ({}, {"training__micro_batch_size": 1})
+    )
     losses: dict[int, float] = {}
     for life in lives:
         for step, loss in life["losses"].items():
@@ -144,7 +147,14 @@ def test_nothing_is_left_of_generations_and_every_step_is_done_once(count: int, 
         for what in ("threads", "descriptors"):
             assert min(life[what][-3:]) <= max(life[what][:-3]), (what, life[what])
     assert sorted(losses) == list(range(1, max(losses) + 1))
+    # Rounding that differs grows a thousandfold in eighty steps: so much do two runs differ that nobody interrupts.
+    natural = 0.0
     for step in range(1, max(losses) + 1):
-        assert losses[step] == pytest.approx(engine.train_step(step).loss, rel=1e-9)
+        loss = alone.train_step(step).loss
+        natural = max(natural, abs(others.train_step(step).loss / loss - 1))
+        if natural > 1e-4:
+            assert step > 150, "so far there is something to compare"
+            break
+        assert losses[step] == pytest.approx(loss, rel=max(1e-9, 100 * natural))
     for life in lives:
         assert growth(life["in_use"], count) < most_bytes, life["in_use"]

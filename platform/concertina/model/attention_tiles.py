@@ -57,7 +57,7 @@ class _Attend(torch.autograd.Function):
                 x = _input(q_MGRC, piece, tile, ctx.sight)
                 _add_gradients(ctx.choose(x), x, tile, (grads[0], out, logs), dq, dpiece)
             sums.add(dpiece)
-        del piece, dpiece  # of whole sequences, where they are gathered: gradients need the room now
+        del piece, x  # of whole sequences, where they are gathered: gradients need the room now
         return dq.to(q_MGRC.dtype), sums.finish().to(kv_RMW.dtype), None, None
 
 

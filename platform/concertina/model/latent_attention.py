@@ -19,6 +19,7 @@ from concertina.model.norm import ResidualNorm
 from concertina.model.parameters import Build, Part
 from concertina.model.rope import Rotation, growth, rotate, side_by_side
 from concertina.model.sight import Sight
+from concertina.parallel.recompute import region
 
 __all__ = ["LatentAttention", "attend_unequal"]
 
@@ -32,6 +33,11 @@ def attend_unequal(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor) -> Tensor:
     shared = q_BSNGC.shape[3] > 1  # on a GPU no kernel but the slow one takes both: groups, and widths that differ
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
     return out.transpose(1, 2).unflatten(2, q_BSNGC.shape[2:4])
+
+
+def _core(q_BSNGC: Tensor, k_BSNC: Tensor, v_BSNV: Tensor, sight: Sight) -> Tensor:
+    heads = q_BSNGC, k_BSNC, v_BSNV
+    return attend_unequal(*heads) if sight.is_plain else attend_apart(*heads, sight)
 
 
 class LatentNorm(ResidualNorm):
@@ -105,6 +111,5 @@ class LatentAttention(Part):
 
     def forward(self, entered_T: Tensor, num_sequences: int, sight: Sight) -> Tensor:
         """[T, D], to be summed over the lanes of tp. All ranks of cp must call it."""
-        heads = self.heads(entered_T, num_sequences, sight.turn)
-        out = attend_unequal(*heads) if sight.is_plain else attend_apart(*heads, sight)
+        out = region("core", _core, *self.heads(entered_T, num_sequences, sight.turn), sight)
         return linear(out.reshape(-1, self.output[0].numel()), self.output.flatten(1))

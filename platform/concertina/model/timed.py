@@ -31,6 +31,7 @@ from concertina.model.loss import IGNORED
 from concertina.model.mlp import SwiGLU
 from concertina.model.parameters import Part
 from concertina.model.sight import Sight
+from concertina.parallel.recompute import region
 from concertina.planner.flops import flops_per_token
 
 __all__ = ["Pace", "pace_of", "pretend", "products_of_a_layer"]
@@ -164,7 +165,7 @@ class _TimedAttention(Attention):
         matrices = self.q.numel() + self.kv.numel() + self.output.numel()
         y_TD = _timed(self, x_TD, len(x_TD) * matrices, 1 / self.build.lanes.size, [])
         kv_heads, group, width, _ = self.q.shape
-        return _attended(self, y_TD, (kv_heads, group, width, width), num_sequences, sight)
+        return region("core", _attended, self, y_TD, (kv_heads, group, width, width), num_sequences, sight)
 
 
 class _TimedLatents(Latents):
@@ -184,7 +185,7 @@ class _TimedLatentAttention(LatentAttention):
         model, (heads, width, _) = self.build.model, self.q.shape
         matrices = self.q.numel() + self.kv_up.numel() + self.output.numel()
         y_TW = _timed(self, entered_TW, len(entered_TW) * matrices, 1 / self.build.lanes.size, [])
-        y_TW = _attended(self, y_TW, (heads, 1, width, model.v_head_dim), num_sequences, sight)
+        y_TW = region("core", _attended, self, y_TW, (heads, 1, width, model.v_head_dim), num_sequences, sight)
         return _resized(y_TW, model.hidden_size)
 
 

@@ -1,8 +1,9 @@
 """How much of a forward does a rank keep for its backward? Tensor by tensor, with and without computing some again.
 
 Counted is what autograd saves inside the layers under even routing, of one micro-batch, or of those that a pipeline
-stage has in flight. Outside of layers the head holds its gradients, which it makes in its forward (the inputs', the
-weight's). Scalars and a norm's scales of heads are left out; latent attention is not counted.
+stage has in flight, with what it has sent of them. Outside of layers the head holds its gradients, which it makes in
+its forward (the inputs', the weight's). Scalars and a norm's scales of heads are left out; latent attention is not
+counted.
 Letters: R tokens of this lane between products, T of all lanes (of cp, of its own chunks), Q rows for the experts here,
 D, E, K, F as in the model, H and V the widths of this lane's query heads and key-value heads.
 """
@@ -61,7 +62,8 @@ def activations(
     for piece in layout.pieces_of(sender.rank):
         layers = layout.piece_layers(model.num_hidden_layers, piece)
         found = [layer_bytes(sender, length, sequences, model.is_moe_layer(layer), kernels) for layer in layers]
-        kept[piece] = sum(each.kept for each in found)
+        sent = 0 if piece == layout.pieces - 1 else round(_Sizes(sender, length, sequences, kernels).residual)
+        kept[piece] = sum(each.kept for each in found) + sent
         again = max(again, *(each.again for each in found))
     plan = training_plan(layout.pp, layout.virtual, micro_batches).actions[layout.coordinate(sender.rank, Axis.PP)]
     signs = (kept[action.piece] if action.direction == "forward" else -kept[action.piece] for action in plan)
@@ -147,7 +149,9 @@ class _Sizes:
             yield _Kept("attention", width * (self.heads + self.key_values))
         yield _Kept("attention", width * self.heads)  # what the core gives and the output projection keeps
         yield _Kept("attention", width * (self.heads + self.key_values), inside="core")  # rotated
-        if self.layout.cp > 1:  # in tiles: values beside their keys, the output before heads and tokens change places
+        if (
+            self.layout.cp > 1 or self.sender.document_mask
+        ):  # in tiles: values beside their keys, the output before heads and tokens change places
             yield _Kept("attention", width * (self.key_values + self.heads), inside="core")
             yield _Kept("attention", self.all_tokens * self.heads * self._wide, inside="core")
         elif self.kernels == "cpu" and self._element >= 4 and self.length <= _BLOCKWISE:

@@ -80,7 +80,7 @@ of experts."""
 @dataclass(frozen=True)
 class Sender:
     """The rank whose bytes are counted, and what it computes with. `has_second`: another rank keeps its second copy;
-    `recomputed`: the kinds of `training.activation_checkpointing`."""
+    `recomputed`: the kinds of `training.activation_checkpointing`; `document_mask` that of `data`."""
 
     model: ModelConfig
     layout: Layout
@@ -90,6 +90,7 @@ class Sender:
     has_second: bool = False
     context_exchange: Exchange = "auto"
     recomputed: frozenset[str] = frozenset()
+    document_mask: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -190,7 +191,7 @@ def _between_stages(sender: Sender, tokens: int) -> Traffic:
 def _counted(sender: Sender, sequences: int) -> Traffic:
     """What one router's counts of sequences cost who has tokens of them."""
     layout, whole = sender.layout, sequences * sender.model.num_experts * _COUNT_BYTES
-    if sender.sequence_parallel:
+    if sender.sequence_parallel or layout.tp == 1:
         return _all_reduce("tp_cp", layout.tp * layout.cp, whole)
     return _all_reduce("cp", layout.cp, whole)
 
@@ -206,7 +207,8 @@ def _computed_again(sender: Sender, length: int, sequences: int, routing: Sequen
     if {"layer", "attention", "core"} & kinds:  # the backward's own exchange is counted already
         yield _times(context(sender, length, sequences, again=True), sender.num_layers)
     if {"layer", "attention"} & kinds:
-        yield _times(way_in, sender.num_layers)
+        latents = _entering(sender, tokens, sender.latent_width) if sender.sequence_parallel else {}
+        yield _times(latents if sender.latent_width else way_in, sender.num_layers)
         if model.qk_norm == "full":
             yield _times(_all_reduce("tp", tp, sender.wide_bytes * tokens), 2 * sender.num_layers)
     if "layer" in kinds:  # attention is not the end
