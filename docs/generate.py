@@ -76,13 +76,18 @@ def _result_rows(path: Path) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def _newest_rows(folder: Path, what: str) -> dict[str, dict[str, Any]]:
+    """By name; none where the question has no result."""
+    paths = sorted(folder.glob(f"{what}_*.json"))
+    rows = json.loads(paths[-1].read_text(encoding="utf-8"))["rows"] if paths else []
+    return {row["name"]: row for row in rows}
+
+
 def axes_table(folder: Path = RESULTS) -> str:
     """What each layout of the benchmark costs, by its newest result, and what a rank sends by the formulas."""
-    paths = sorted(folder.glob("throughput_*.json"))
-    if not paths:
+    measured = _newest_rows(folder, "throughput")
+    if not measured:
         return "Not measured yet: `python -m benchmarks.throughput`."
-    document = json.loads(paths[-1].read_text(encoding="utf-8"))
-    measured = {row["name"]: row for row in document["rows"]}
     lines = ["| layout | tokens/s against dp 4 | MB a rank sends in a step | samples |", "|---|---:|---:|---:|"]
     for name, degrees in LAYOUTS.items():
         row = measured.get(row_name(name))
@@ -95,11 +100,9 @@ def axes_table(folder: Path = RESULTS) -> str:
 
 def bubbles_table(folder: Path = RESULTS) -> str:
     """How long stages are blocked, by the newest result, beside the formula."""
-    paths = sorted(folder.glob("pipeline_*.json"))
-    if not paths:
+    measured = _newest_rows(folder, "pipeline")
+    if not measured:
         return "Not measured yet: `python -m benchmarks.pipeline`."
-    document = json.loads(paths[-1].read_text(encoding="utf-8"))
-    measured = {row["name"]: row for row in document["rows"]}
     lines = [
         "| micro-batches | pieces a stage | bubble | by the formula | all that is no product | samples |",
         "|---:|---:|---:|---:|---:|---:|",

@@ -58,12 +58,12 @@ def activations(
     """Of the rank of `sender`, by its `recomputed`, at the moment in a step of so many micro-batches of so many
     sequences at which the most is kept."""
     model, layout = sender.model, sender.layout
+    sent = round(_Sizes(sender, length, sequences, kernels).residual)
     kept, again = {}, 0
     for piece in layout.pieces_of(sender.rank):
         layers = layout.piece_layers(model.num_hidden_layers, piece)
         found = [layer_bytes(sender, length, sequences, model.is_moe_layer(layer), kernels) for layer in layers]
-        sent = 0 if piece == layout.pieces - 1 else round(_Sizes(sender, length, sequences, kernels).residual)
-        kept[piece] = sum(each.kept for each in found) + sent
+        kept[piece] = sum(each.kept for each in found) + (sent if piece < layout.pieces - 1 else 0)
         again = max(again, *(each.again for each in found))
     plan = training_plan(layout.pp, layout.virtual, micro_batches).actions[layout.coordinate(sender.rank, Axis.PP)]
     signs = (kept[action.piece] if action.direction == "forward" else -kept[action.piece] for action in plan)
@@ -149,9 +149,8 @@ class _Sizes:
             yield _Kept("attention", width * (self.heads + self.key_values))
         yield _Kept("attention", width * self.heads)  # what the core gives and the output projection keeps
         yield _Kept("attention", width * (self.heads + self.key_values), inside="core")  # rotated
-        if (
-            self.layout.cp > 1 or self.sender.document_mask
-        ):  # in tiles: values beside their keys, the output before heads and tokens change places
+        if self.layout.cp > 1 or self.sender.document_mask:
+            # In tiles: values beside their keys, the output before heads and tokens change places.
             yield _Kept("attention", width * (self.key_values + self.heads), inside="core")
             yield _Kept("attention", self.all_tokens * self.heads * self._wide, inside="core")
         elif self.kernels == "cpu" and self._element >= 4 and self.length <= _BLOCKWISE:
