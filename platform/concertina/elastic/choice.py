@@ -6,7 +6,8 @@ Pure: the same members and the same old seating give the same answer wherever th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import pairwise, product
 from math import lcm, log2
 from typing import TYPE_CHECKING
@@ -81,12 +82,19 @@ def _why(layout: Layout, wanted: Mapping[str, int], most: int, members: int) -> 
     return f"world {layout.world} ({degrees}): {'; '.join(reasons)}"
 
 
-def seat(job: Job, nodes: Mapping[int, str], old: Seating | None) -> Seating:
-    """The seating of the members in `nodes` (member -> node) under the layout they can have.
+def seat(
+    job: Job, nodes: Mapping[int, str], old: Seating | None, leaving: Collection[int] = frozenset()
+) -> Seating:
+    """The seating of the members in `nodes` (member -> node) under the layout that those can have who stay. Who is
+    `leaving` hands over what it has, and gets no rank: it is the last of the spares.
 
-    Raises what `choose_layout` raises.
+    Raises what `choose_layout` raises, and CapacityError when nobody stays.
     """
-    return take_seats(choose_layout(job, len(nodes))[0], nodes, old)
+    staying = {member: node for member, node in nodes.items() if member not in leaving}
+    if not staying:
+        raise CapacityError(f"all {len(nodes)} members are on nodes that are taken back")
+    found = take_seats(choose_layout(job, len(staying))[0], staying, old)
+    return replace(found, spares=(*found.spares, *sorted(nodes.keys() - staying.keys())))
 
 
 def take_seats(layout: Layout, nodes: Mapping[int, str], old: Seating | None) -> Seating:
