@@ -54,6 +54,11 @@ class Accounting:
         if stopped:
             self._ledger.fault(min(loss.since_s for loss in losses), now)
 
+    def leave(self, members: list[int]) -> None:
+        """These end in order, before the session does."""
+        for member in members:
+            self._ledger.left(member, time.monotonic())
+
     def write(self) -> None:
         """The membership has changed."""
         self._writer.write(self.book.generation, self.book.step)

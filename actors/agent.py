@@ -20,10 +20,15 @@ from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from actors.assignment import bell_name
 from actors.coordinator import COORDINATOR
+from actors.lookout import Lookout
 from actors.strike import SIGNALS, end_node
 from concertina.elastic.chaos import Deed
+from concertina.elastic.notices import Notice, Source
 from concertina.elastic.waits import BOUNDS
 from infra.death_bell import DeathBell, is_supported
+from infra.draining import drain_node
+from infra.fake_metadata import FakeMetadata
+from infra.metadata import find_sources
 from infra.oom_kills import OomKills
 from infra.processes import is_alive, start_time
 
@@ -73,8 +78,11 @@ class Wards:
 class NodeAgent:
     """The actor of one node in one session of a run."""
 
-    def __init__(self, session: str = "") -> None:
+    def __init__(self, session: str = "", notices: str = "none", notice_endpoint: str | None = None) -> None:
         self._session = session
+        self._node = ray.get_runtime_context().get_node_id()
+        self._lookout = Lookout(find_sources(notices, notice_endpoint), self._tell_notices)
+        self._pretended: FakeMetadata | None = None
         self._reservations: list[str] = []
         self._heeded: set[tuple[int, int]] = set()
         self._wards, self._coordinator = Wards(), Wards()
@@ -112,6 +120,18 @@ class NodeAgent:
         except ValueError:
             log.debug("member %d has ended, and there is no coordinator to tell", member)
 
+    def _tell_notices(self, sources: list[Source], found: list[Notice]) -> bool:
+        """To the coordinator; and to Ray what cannot be taken back. Whether somebody heard."""
+        for notice in found:
+            if not notice.is_hint and not notice.source.may_take_back:
+                drain_node(self._node, notice.left_s, f"{notice.source}: {notice.text}")
+        said = [source.value for source in sources], [notice.to_json() for notice in found]
+        try:
+            ray.get_actor(COORDINATOR, ray.get_runtime_context().namespace).notice.remote(self._node, *said)
+        except ValueError:
+            return False
+        return True
+
     def stopped(self, pids: list[int]) -> list[int]:
         """Which processes stand still (SIGSTOP, a debugger): proof, where their silence is only suspicion."""
         found = []
@@ -133,6 +153,29 @@ class NodeAgent:
         if os.getpid() in pids:
             os.kill(os.getpid(), SIGNALS[deed])
         return [*self._wards.send(SIGNALS[deed], pids), *self._coordinator.send(SIGNALS[deed], pids)]
+
+    def pretend_notice(self, cloud: str, lead_s: float) -> None:
+        """As if the cloud had given notice: a metadata service of this node's says so, and at the end of the lead the
+        node is ended, unless it was taken back."""
+        if self._pretended is None:
+            self._pretended = FakeMetadata()
+        self._pretended.notice(lead_s)
+        for source in find_sources(cloud, self._pretended.endpoint):
+            self._lookout.look_at(source)
+        threading.Thread(target=self._end_node_at, args=(self._pretended,), name="end", daemon=True).start()
+
+    def take_notice_back(self) -> bool:
+        """Whether there was one."""
+        if self._pretended is None or not self._pretended.is_given:
+            return False
+        self._pretended.take_back()
+        return True
+
+    def _end_node_at(self, fake: FakeMetadata) -> None:
+        while fake.is_given:
+            if fake.left_s <= 0:
+                end_node()
+            time.sleep(min(0.1, max(0.0, fake.left_s)))
 
     def end_node(self) -> None:
         """Kill the raylet and every process below it, this one too."""

@@ -19,6 +19,7 @@ import ray
 from actors.accounting import Accounting
 from actors.assignment import LEASE_EVERY_S, RunPlan
 from actors.book import Book
+from actors.departures import Departures
 from actors.evidence import Evidence
 from actors.gone import GONE
 from actors.hands import Hands, Member, sweep
@@ -40,6 +41,7 @@ from concertina.elastic.messages import (
     TimeSpent,
     decode,
 )
+from concertina.elastic.notices import Notices
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import CapacityError, ConcertinaError, RankFailure
@@ -85,10 +87,13 @@ class Conductor:
         self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
         self.server.recorded = self.book.recorded
         self.hands = Hands(plan, self.server.address, self.journal.next_member)
-        self.recruiter = Recruiter(plan, self.hands)
+        notices = Notices()
+        self.recruiter = Recruiter(plan, self.hands, notices)
         self.evidence = Evidence(self.hands, self.server)
         self.accounting = Accounting(plan, self.events, self.book, self.hands, self.journal)
-        self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting)
+        self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting, notices)
+        home = ray.get_runtime_context().get_node_id()
+        self.departures = Departures(notices, self.book, self.hands, self.regrouping, home, self._dismiss)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._renewed = time.monotonic()
@@ -179,6 +184,7 @@ class Conductor:
         self._judge()
         if self.book.state.is_end:
             return
+        self.departures.look(self.wishes)
         self._obey()
         self._recruit()
         if not self.book.state.is_end:
@@ -241,6 +247,18 @@ class Conductor:
             self.hands.lose(loss.member)
             if loss.reason is Reason.NODE:
                 self.hands.lose_node(loss.node)
+        self.journal.write()
+
+    def _dismiss(self, node: str, members: list[int]) -> None:
+        """They have left a node that will go; nothing of the run stays there."""
+        log.info("node %s is given back: members %s end", node, members)
+        self.regrouping.dismiss(members, "its node is taken back")
+        self.accounting.leave(members)
+        for member in members:
+            self.server.expel(member)
+            self.journal.forget(member)
+            self.hands.lose(member)
+        self.hands.vacate(node)
         self.journal.write()
 
     def _obey(self) -> None:

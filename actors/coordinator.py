@@ -11,12 +11,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.assignment import RunPlan
 from actors.wishes import Wishes
+from concertina.elastic.notices import Notice, Source
 from concertina.elastic.states import RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.errors import ConcertinaError
@@ -76,6 +77,12 @@ class Coordinator:
         there for memory."""
         if self._conductor is not None:
             self._conductor.mourn(member, for_memory)
+
+    def notice(self, node: str, sources: list[str], found: list[dict[str, Any]]) -> None:
+        """All that these sources (`elastic.notices.Source`) tell a node's agent of its end, at this moment."""
+        if self._conductor is not None:
+            told = [Notice.from_json(notice) for notice in found]
+            self._conductor.departures.hear(node, [Source(source) for source in sources], told)
 
     def leave(self) -> None:
         """The driver has seen the end; nothing keeps the coordinator."""

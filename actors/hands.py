@@ -171,7 +171,8 @@ class Hands:
         agent = ray.remote(NodeAgent).options(
             name=self._agent(node_id), num_cpus=0, max_concurrency=4, scheduling_strategy=beside, **common
         )
-        self.agents[node_id] = agent.remote(self.plan.session)
+        elastic = self.plan.job.elastic
+        self.agents[node_id] = agent.remote(self.plan.session, elastic.notices, elastic.notice_endpoint)
 
     def _start_member(self, reservation: Reservation) -> None:
         reservation.held.add(self.next_member)
@@ -345,6 +346,14 @@ class Hands:
         self._asked.pop(node_id, None)
         if agent is not None:
             ray.kill(agent, no_restart=True)
+        for reservation in [r for r in self.reservations if r.node_id == node_id]:
+            self.release(reservation)
+
+    def vacate(self, node_id: str) -> None:
+        """Everything of the run on a node ends, but for its agent, which goes with it."""
+        for standby in [s for s in self.standbys.values() if s.node_id == node_id]:
+            del self.standbys[standby.number]
+            ray.kill(standby.actor, no_restart=True)
         for reservation in [r for r in self.reservations if r.node_id == node_id]:
             self.release(reservation)
 

@@ -176,6 +176,9 @@ class Injector:
             self._join(injection)
             return
         victim = self.scene().find(injection)
+        if injection.deed in (Deed.NOTICE, Deed.CANCEL):
+            self._strike_by_notice(injection, victim)
+            return
         deed = Deed.KILL if injection.deed is Deed.FLAP else injection.deed
         match victim.kind:
             case Kind.NODE:
@@ -189,6 +192,17 @@ class Injector:
                 if not self._strike_member(deed, victim):
                     raise UserError(f"{victim}: the agent there knows no such process")
         self._say(injection, victim)
+
+    def _strike_by_notice(self, injection: Injection, victim: Victim) -> None:
+        """A notice, and the node's end when its time has come, which this waits for; or that there is none any more."""
+        agent = self._agent(victim.node)
+        if injection.deed is Deed.CANCEL:
+            if not self._ask(agent.take_notice_back.remote()):
+                raise UserError(f"{victim} was given no notice that could be taken back")
+            self._say(injection, victim, "stays: its notice is taken back")
+            return
+        self._ask(agent.pretend_notice.remote(injection.cloud, injection.lead_s))
+        self._say(injection, victim, f"is taken back in {injection.lead_s:g} s, says {injection.cloud}")
 
     def _strike_coordinator(self, deed: Deed, pid: int) -> None:
         """By whichever agent is on its host."""
@@ -251,4 +265,6 @@ class Injector:
 
 
 def _has_fuse(injection: Injection) -> bool:
+    if injection.deed in (Deed.NOTICE, Deed.CANCEL):
+        return False  # a cloud looks at nobody's steps
     return injection.step is not None or injection.phase in MEMBER_PHASES

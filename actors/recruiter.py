@@ -8,12 +8,12 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 
-import ray
 from ray.autoscaler.sdk import request_resources
 
 from actors.assignment import RunPlan
 from actors.hands import Hands, nodes_now
 from concertina.elastic.losses import Loss, Reason
+from concertina.elastic.notices import Notices
 from concertina.elastic.placement import NodeCapacity, place, shortage
 from concertina.elastic.waits import BOUNDS
 
@@ -30,14 +30,13 @@ _AS_A_NODE_GOES = frozenset({Reason.KILLED, Reason.NODE, Reason.FROZEN, Reason.D
 class Recruiter:
     """Keeps the number of members at what the job wants. `waiting` says what is missing, for people."""
 
-    def __init__(self, plan: RunPlan, hands: Hands) -> None:
-        self.job, self.hands = plan.job, hands
+    def __init__(self, plan: RunPlan, hands: Hands, notices: Notices) -> None:
+        self.job, self.hands, self.notices = plan.job, hands, notices
         self.waiting = ""
         self.wanted = plan.job.cluster.num_workers + plan.job.elastic.spares
         self._looked = self._asked = 0.0
         self._beside = 0
         self._losses: dict[str, list[float]] = defaultdict(list)
-        self.deadlines_ms: dict[str, int] = {}  # by the wall clock: when nodes that are drained go by force
 
     def ask(self, beside: int = 0) -> None:
         """Tell Ray's autoscaler, if there is one, what the run wants as long as it lasts: room for all its members, of
@@ -51,9 +50,9 @@ class Recruiter:
         request_resources(bundles=[])
 
     def judge(self, loss: Loss) -> Loss:
-        """The same, or that its node was taken back: Ray was told when, and that time has come."""
-        deadline_ms = self.deadlines_ms.get(loss.node)
-        if deadline_ms is None or time.time() * 1000 < deadline_ms or loss.reason not in _AS_A_NODE_GOES:
+        """The same, or that its node was taken back: it was said when, and that time has come."""
+        deadline_s = self.notices.deadline_s(loss.node)
+        if deadline_s is None or time.monotonic() < deadline_s or loss.reason not in _AS_A_NODE_GOES:
             return loss
         return replace(loss, reason=Reason.PREEMPTED, text=f"its node was taken back; {loss.text}")
 
@@ -64,9 +63,9 @@ class Recruiter:
 
     @property
     def barred(self) -> set[str]:
-        """Nodes that have lost members too often, lately."""
+        """Nodes that get no member: those that have lost them too often, lately, and those that will go, or may."""
         elastic, now = self.job.elastic, time.monotonic()
-        found = set()
+        found = set(self.notices.avoided)
         for node, losses in self._losses.items():
             recent = [at for at in losses if now - at < _MEMORY_OF_LOSSES_S]
             if len(recent) >= elastic.max_losses_per_node and now - recent[-1] < elastic.rejoin_after_s:
@@ -80,21 +79,25 @@ class Recruiter:
             return
         self._looked = now
         nodes = nodes_now()
-        drained = ray._private.state.state.get_draining_nodes()  # of one that is dead it says nothing any more
-        self.deadlines_ms |= {node: deadline_ms for node, deadline_ms in drained.items() if deadline_ms}
         self.hands.lose_dead_nodes({node.node_id for node in nodes})
         self.hands.settle()
         barred = self.barred
-        self.hands.fill(barred, self.wanted)
+        leaving = self._leaving
+        self.hands.fill(barred, self.wanted + leaving)
         self.hands.keep_standbys(barred)
         self._give_up_unborn(now)
-        missing = self.wanted - self.hands.room
+        missing = self.wanted + leaving - self.hands.room
         self._ask_again(missing > 0, [node for node in nodes if node.node_id in barred])
         if missing <= 0 and not barred:
             self.waiting = ""
             return
         usable = [node for node in nodes if node.node_id not in barred]
         self._recruit(missing + self._barred_room(barred), usable, barred)
+
+    @property
+    def _leaving(self) -> int:
+        """Members on nodes that will go: others are wanted in their place, before they have left."""
+        return sum(member.node_id in self.notices.doomed for member in self.hands.members.values())
 
     def _ask_again(self, is_short: bool, barred: list[NodeCapacity]) -> None:
         """A cluster keeps the newest request only: another run of it that begins or ends takes ours back."""
@@ -112,7 +115,7 @@ class Recruiter:
         placed = place(nodes, missing, cpus, gpus, held)
         for node_id, count in placed.items():
             self.hands.reserve(by_id[node_id], count)
-        there = self.hands.room - self._barred_room(barred)
+        there = self.hands.room - self._barred_room(barred) - self._leaving
         before = there - sum(placed.values())  # `nodes` were looked at before they were placed
         self.waiting = "" if there >= self.wanted else str(shortage(nodes, self.wanted, before, cpus, gpus))
 

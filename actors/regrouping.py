@@ -10,28 +10,30 @@ import logging
 import socket
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
+from actors.change import Change
 from actors.journal import Journal
 from concertina.elastic.channel.server import ChannelServer, Silence
-from concertina.elastic.choice import seat
 from concertina.elastic.doubts import Doubts
 from concertina.elastic.generations import Coming, Generations, Order, OrderKind, Restore
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Control, Formed, Halt, Halted, Keep, Message, Pause, Prepare, Prepared, encode
+from concertina.elastic.notices import Notices
+from concertina.elastic.seats import Seats
 from concertina.elastic.states import RunEvent, RunState
 from concertina.elastic.waits import BOUNDS
-from concertina.errors import CapacityError, RankFailure
+from concertina.errors import RankFailure
 from concertina.layout import Seating
 from concertina.parallel.groups import make_store
 from concertina.state.manifest import give_up_partial, list_checkpoints, read_manifest
 from concertina.track.events import EventType
-from concertina.track.recovery import Cause, MemberNews, MemberWhat, Recovery
+from concertina.track.recovery import MemberNews, MemberWhat
 
 __all__ = ["Regrouping"]
 
@@ -42,52 +44,36 @@ _MOST_TRIES = 10  # regroupings in a row without a new step, at least: a bad net
 _ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
-@dataclass
-class Change:
-    """One change of membership as it goes, for the record: when each phase began, by this process's clock."""
-
-    cause: str
-    losses: list[Loss]
-    before: Seating | None
-    began_s: float = field(default_factory=time.monotonic)
-    halted_s: float = 0.0
-    completed: int = 0
-    formed: dict[int, Formed] = field(default_factory=dict)
-    step: int = 0
-
-
 class Regrouping:
     """Of one session. Called by the conductor's thread only."""
 
     def __init__(
-        self, plan: RunPlan, book: Book, journal: Journal, server: ChannelServer, accounting: Accounting
+        self,
+        plan: RunPlan,
+        book: Book,
+        journal: Journal,
+        server: ChannelServer,
+        accounting: Accounting,
+        notices: Notices,
     ) -> None:
         self.plan, self.book, self.journal, self.server, self.accounting = plan, book, journal, server, accounting
         self.address = server.address[0]
-        self.generations = Generations(self._seat, first=plan.generation)
-        self.asked_to_stop = False
+        self._doubts = Doubts()
+        self.seats = Seats(plan.job, self._doubts, notices)
+        self.generations = Generations(self.seats, first=plan.generation)
         self.expected = 0  # members that are about to arrive
         self._change: Change | None = None
         self._store: Any = None
         self._deadline: tuple[float, str] | None = None
         self._unseated_since: float | None = None
         self._complaint_since: float | None = None
-        self._too_few: tuple[frozenset[int], bool] | None = None
-        self._doubts = Doubts()
-        self._guest: int | None = None  # who is tried in the next planned change although it is in doubt
+        self._too_few: object = None  # who was there when they were
         self._blamed: dict[int, str] = {}
         self._failures: dict[int, str] = {}  # what members said, since a generation formed
 
-    def _seat(self, present: dict[int, str], old: Seating | None) -> Seating:
-        least = 1 if self.asked_to_stop else self.plan.job.elastic.min_workers  # to leave a checkpoint anybody will do
-        trusted = self._doubts.trusted(present, self._guest)
-        found = seat(self.plan.job, trusted or present, old)
-        if found.layout.world < least and len(trusted) < len(present):
-            found = seat(self.plan.job, present, old)  # there is no other way than with those in doubt
-        if found.layout.world < least:
-            text = f"{len(present)} members are there, elastic.min_workers={least}"
-            raise CapacityError(text)
-        return found
+    @property
+    def asked_to_stop(self) -> bool:
+        return self.seats.is_stopping
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
@@ -132,6 +118,15 @@ class Regrouping:
             self._deadline = self._change = None  # what was planned is called off
         self._do(orders)
 
+    def dismiss(self, members: list[int], why: str) -> None:
+        """These end in order: the run can spare them."""
+        for member in members:
+            self.journal.pids.pop(member, None)
+            self._failures.pop(member, None)
+            news = MemberNews(member, MemberWhat.LEFT, self.generations.present.get(member, ""), reason=why)
+            self._tell_member(news)
+        self._do(self.generations.lose(members))
+
     def correct(self, loss: Loss) -> None:
         """It is known by now why this one was lost. What is written stays, and is followed by what is true."""
         self._tell_lost(loss)
@@ -167,7 +162,7 @@ class Regrouping:
 
     def stop(self) -> None:
         """End with a checkpoint at the next step boundary."""
-        self.asked_to_stop = True
+        self.seats.is_stopping = True
         seating = self.generations.seating
         if seating is not None:
             self.server.send(seating.members[0], encode(Control(stop=True)))
@@ -181,10 +176,34 @@ class Regrouping:
             return
         if self._stuck(now) or self._overdue(now):
             self._try_again()
-        elif generations.is_settled and not self.asked_to_stop and self._grows(now):
-            self._change = Change("join", [], generations.seating)
-            self._do(generations.begin(planned=True))
-        self._guest = None
+        elif generations.is_settled and not self.asked_to_stop:
+            self._look_ahead(now)
+        self.seats.guest = None
+
+    def _look_ahead(self, now: float) -> None:
+        """Leave nodes that will go, and take in who has come, while the world trains."""
+        present, seating = self.generations.present, self.generations.seating
+        assert seating is not None
+        if self.book.is_finishing or self.book.state is not RunState.TRAINING:
+            self._unseated_since = None
+        elif self.seats.is_time_to_leave(present, seating):
+            self._plan("notice")
+        elif self.seats.is_cornered(present, seating):
+            self._stop_short()
+        elif self._grows(now, seating):
+            self._plan("join")
+
+    def _plan(self, cause: str) -> None:
+        self._change = Change(cause, [], self.generations.seating)
+        self._do(self.generations.begin(planned=True))
+
+    def _stop_short(self) -> None:
+        """The run cannot go on without nodes that are about to go: it stops where all of its state is still there, and
+        writes it down."""
+        self._change = Change("notice", [], self.generations.seating)
+        self._too_few = self._there
+        self.book.move(RunEvent.LOSS, "nodes that the run cannot do without are taken back")
+        self._do(self.generations.begin())
 
     def _try_again(self) -> None:
         """What is under way does not come about, and nobody is lost. Who only prepares is let be; else a fence comes
@@ -222,17 +241,23 @@ class Regrouping:
 
     def _begin_anew(self) -> None:
         """After a shortage, or for the first time. Who was too few once is so until somebody else comes."""
-        generations, there = self.generations, (frozenset(self.generations.present), self.asked_to_stop)
-        if generations.shortage is not None and there == self._too_few:
+        generations = self.generations
+        if generations.shortage is not None and self._there == self._too_few:
             return
         self._change = self._change or Change("start", [], None)
         orders = generations.begin()
-        self._too_few = there if generations.shortage is not None else None
+        self._too_few = self._there if generations.shortage is not None else None
         if generations.shortage is None:
             self.book.move(RunEvent.CAPACITY)
         self._do(orders)
         if generations.shortage is not None and self.asked_to_stop:
             self.book.move(RunEvent.STOP_ASKED, f"{self.book.stop_reason}; no checkpoint of the last steps")
+
+    @property
+    def _there(self) -> object:
+        """All that decides whether there are enough."""
+        present = self.generations.present
+        return frozenset(present), self.seats.leaving(present), self.asked_to_stop
 
     @property
     def wants_members(self) -> bool:
@@ -267,22 +292,21 @@ class Regrouping:
         """A generation takes too long. (Of a HALT, `late` says who is to blame.)"""
         return self._deadline is not None and now > self._deadline[0] and self._deadline[1] != "halt"
 
-    def _grows(self, now: float) -> bool:
+    def _grows(self, now: float, seating: Seating) -> bool:
         """Whether members that wait for a seat would make the world larger, and all that come now are there."""
-        seating = self.generations.seating
-        assert seating is not None
-        waiting = [m for m in self.generations.present if seating.rank_of(m) is None]
-        if not waiting or self.book.is_finishing or self.book.state is not RunState.TRAINING:
+        present, leaving = self.generations.present, self.seats.leaving(self.generations.present)
+        waiting = [m for m in present if seating.rank_of(m) is None and m not in leaving]
+        if not waiting:
             self._unseated_since = None
             return False
         since = self._unseated_since = self._unseated_since or now
         patience = BOUNDS["gather"].seconds if self.expected else _SETTLE_S
         if now - since < patience or seating.layout.world >= self.plan.job.cluster.num_workers:
             return False
-        if self._seat(self.generations.present, seating).layout.world > seating.layout.world:
+        if self.seats(present, seating).layout.world > seating.layout.world:
             return True
-        self._guest = self._doubts.guest(waiting)  # as a spare, where it makes no larger world by itself
-        return self._guest is not None
+        self.seats.guest = self._doubts.guest(waiting)  # as a spare, where it makes no larger world by itself
+        return self.seats.guest is not None
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
@@ -423,37 +447,11 @@ class Regrouping:
             self.stop()
 
     def _tell_change(self, change: Change, seating: Seating, step: int) -> None:
-        now = time.monotonic()
         layout = seating.layout
         self.book.event(EventType.GENERATION, step, world=layout.world, layout=layout.facts, reason=change.cause)
-        if change.cause == "start":
-            return
-        moved = [formed.moved_bytes for formed in change.formed.values()]
-        first = change.losses[0] if change.losses else None
-        cause = Cause(change.cause)
-        if first is not None:
-            rank = change.before.rank_of(first.member) if change.before is not None else None
-            cause = Cause(first.reason.value, first.member, rank, first.node)
-        prepare_s = max((formed.seconds["prepare_s"] for formed in change.formed.values()), default=0.0)
-        recovery = Recovery(
-            generation=self.book.generation,
-            cause=cause,
-            world_before=change.before.layout.world if change.before is not None else 0,
-            world_after=layout.world,
-            step=step,
-            stall_s=now - (min(loss.since_s for loss in change.losses) if change.losses else change.halted_s),
-            detected_s=max(0.0, change.began_s - min((loss.since_s for loss in change.losses), default=change.began_s)),
-            steps_completed=change.completed,
-            phases={
-                "halt_s": change.halted_s - change.began_s,
-                "prepare_s": prepare_s,
-                "move_s": now - change.halted_s,
-            },
-            bytes_local=sum(found.get("local", 0) for found in moved),
-            bytes_moved=sum(found.get("moved", 0) for found in moved),
-            layout=layout.facts,
-        )
-        self.book.event(EventType.RECOVERY, step, **recovery.to_json())
+        if change.cause != "start":
+            recovery = change.recovery(self.book.generation, seating, step)
+            self.book.event(EventType.RECOVERY, step, **recovery.to_json())
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 

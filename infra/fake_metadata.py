@@ -27,7 +27,7 @@ class FakeMetadata:
         """Whether it answers 500 to everything."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, name="metadata", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="metadata", daemon=True).start()
 
     @property
     def endpoint(self) -> str:
@@ -36,6 +36,17 @@ class FakeMetadata:
     def notice(self, lead_s: float) -> None:
         """This machine goes in so many seconds."""
         self._ends_s = time.time() + lead_s
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a notice."""
+        return self._ends_s is not None
+
+    @property
+    def left_s(self) -> float:
+        """Until this machine goes."""
+        ends_s = self._ends_s
+        return float("inf") if ends_s is None else ends_s - time.time()
 
     def hint(self) -> None:
         """It may go soon."""

@@ -11,8 +11,9 @@ from typing import Any, TextIO
 
 from concertina.config import Job
 from concertina.elastic.account import TRAINING, Account, Bucket
+from concertina.elastic.notices import NoticeNews
 from concertina.track.events import Event, EventType, read_events
-from concertina.track.recovery import MemberNews, MemberWhat, Recovery
+from concertina.track.recovery import MemberNews, MemberWhat, Recovery, short_node
 
 __all__ = ["Progress", "format_seconds", "format_tokens"]
 
@@ -152,6 +153,8 @@ class Progress:
             self.world = recovery.world_after
             self._window = _Window()
             return str(recovery)
+        elif event.type == EventType.NOTICE:
+            return f"node {short_node(str(data['node']))}: {NoticeNews.from_json(data)}"
         elif event.type == EventType.MEMBER:
             news = MemberNews.from_json(data)
             # All are born at the beginning and leave at the end; a thousand lines would say nothing.

@@ -19,7 +19,7 @@ __all__ = ["chaos"]
 
 def chaos(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Its id, the beginning of it, its folder, or latest.")],
-    deed: Annotated[str, typer.Argument(metavar="DEED", help="kill, freeze, thaw, join or flap.")],
+    deed: Annotated[str, typer.Argument(metavar="DEED", help="kill, freeze, thaw, join, flap, notice or cancel.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Whoever has this rank then.")] = None,
     member: Annotated[int | None, typer.Option(min=0, help="This process of the run.")] = None,
     node: Annotated[int | None, typer.Option(min=0, help="This Ray node and all on it; the head is 0.")] = None,
@@ -30,6 +30,8 @@ def chaos(
     after: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="So much later.")] = None,
     times: Annotated[int | None, typer.Option(min=1, help="How often in all; flap: 3.")] = None,
     every: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Time between two; 10.")] = None,
+    lead: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="How long a notice leaves; 30.")] = None,
+    cloud: Annotated[str | None, typer.Option(help="Whose notice: aws, gcp or azure, which may take it back.")] = None,
     address: Annotated[str | None, typer.Option(help="The Ray cluster, if not where the run says it is.")] = None,
     storage: Annotated[Path, typer.Option(help="The folder of runs: a job's storage_path.")] = Path("runs"),
     output: OutputOption = Output.TEXT,
@@ -39,12 +41,14 @@ def chaos(
     \b
     Phases of a member: step, validation, checkpoint, halted, preparing, prepared, moving, verified, adopted;
     of the run: forming, training, recovering, checkpointing.
-    join starts one more Ray node of a local cluster; flap kills and brings back, again and again.
+    join starts one more Ray node of a local cluster; flap kills and brings back, again and again. notice has a fake
+    metadata service tell a node that it is taken back, and ends it then; cancel takes the notice back.
 
     \b
     Example:
       concertina chaos RUN kill --rank 2 --at-step 30
       concertina chaos RUN flap --node 1 --times 3 --every 20
+      concertina chaos RUN notice --node 1 --lead 30
     """
     from actors.injector import Injector, Strike
     from concertina.elastic.chaos import parse
@@ -55,8 +59,16 @@ def chaos(
     words += ["coordinator"] if coordinator else []
     phase = None if at_phase is None else at_phase.replace(" ", "_")
     often = 3 if times is None and deed == "flap" else times
-    when = {"step": at_step, "phase": phase, "after": after, "times": often, "every": every}
-    injection = parse(" ".join([*words, *(f"{name}={value}" for name, value in when.items() if value is not None)]))
+    how = {
+        "step": at_step,
+        "phase": phase,
+        "after": after,
+        "times": often,
+        "every": every,
+        "lead": lead,
+        "cloud": cloud,
+    }
+    injection = parse(" ".join([*words, *(f"{name}={value}" for name, value in how.items() if value is not None)]))
 
     folder = open_run(storage, run)
     access = _join_cluster(folder, address)

@@ -16,6 +16,7 @@ from actors.recruiter import Recruiter
 from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Halt, Prepare, RankError
+from concertina.elastic.notices import Notice, Source
 from concertina.elastic.states import RunState
 from concertina.errors import RankFailure
 from concertina.track.events import EventType
@@ -64,7 +65,7 @@ class Judge:
         made.book, made.regrouping, made.journal = self.scene.book, self.scene.regrouping, self.scene.journal
         made.accounting, made.server, made.hands = made.regrouping.accounting, server, hands
         made.evidence, made._unexplained = Evidence(hands, server), {}
-        self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands)
+        self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands, self.scene.notices)
         self.conductor: Conductor = made
 
     def fails(self, member: int, *, hardware: bool) -> None:
@@ -153,10 +154,10 @@ def test_what_was_known_well_is_not_corrected(judge: Judge) -> None:
     assert judge.losses() == [(1, "hardware")]
 
 
-@pytest.mark.parametrize(("in_s", "reason"), [(-1.0, "preempted"), (60.0, "killed")])
+@pytest.mark.parametrize(("in_s", "reason"), [(0.0, "preempted"), (60.0, "killed")])
 def test_a_node_that_goes_after_its_deadline_was_taken_back(judge: Judge, in_s: float, reason: str) -> None:
     """And is not to blame; before that a process may die as anywhere."""
-    judge.recruiter.deadlines_ms = {"node-1": int((time.time() + in_s) * 1000)}
+    judge.scene.notices.hear("node-1", [Source.RAY], [Notice(Source.RAY, in_s)], time.monotonic())
     judge.conductor.evidence.dead |= {1: Reason.KILLED, 2: Reason.KILLED}
     judge.conductor._judge()
     assert judge.losses() == [(1, reason), (2, "killed")]

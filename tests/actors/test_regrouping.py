@@ -19,6 +19,7 @@ from concertina.config import Job
 from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Committed, Finished, Formed, Halt, Halted, Keep, Message, Move, Prepare, decode
+from concertina.elastic.notices import Notices
 from concertina.elastic.states import RunState
 from concertina.elastic.waits import BOUNDS
 from concertina.layout import Layout
@@ -70,7 +71,8 @@ class Scene:
         channel: Any = self.channel
         nobody: Any = SimpleNamespace(members={})
         accounting = Accounting(self.plan, self.log, self.book, nobody, self.journal)
-        self.regrouping = Regrouping(self.plan, self.book, self.journal, channel, accounting)
+        self.notices = Notices()
+        self.regrouping = Regrouping(self.plan, self.book, self.journal, channel, accounting, self.notices)
 
     def restart(self) -> None:
         self.log.close()

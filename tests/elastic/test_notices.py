@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from concertina.elastic.notices import GATHER_S, RELEASE_S, RESERVE_S, Notice, Notices, Source
+from concertina.elastic.notices import GATHER_S, RELEASE_S, RESERVE_S, Notice, NoticeNews, Notices, Source
 
 pytestmark = pytest.mark.unit
 AWS, AZURE, RAY = frozenset({Source.AWS}), frozenset({Source.AZURE}), frozenset({Source.RAY})
@@ -12,6 +12,12 @@ AWS, AZURE, RAY = frozenset({Source.AWS}), frozenset({Source.AZURE}), frozenset(
 
 def said(source: Source = Source.AWS, left_s: float = 30.0, *, is_hint: bool = False) -> Notice:
     return Notice(source, left_s, "terminate", is_hint)
+
+
+def lines(news: list[NoticeNews]) -> list[str]:
+    """As people read them, and as events carry them."""
+    assert [NoticeNews.from_json(one.to_json()) for one in news] == news
+    return [str(one) for one in news]
 
 
 def first(notices: Notices, nodes: list[str], decide: str, since: float, until: float) -> float:
@@ -28,7 +34,7 @@ def test_a_notice_travels_as_json() -> None:
 
 def test_who_is_noticed_leaves_when_no_other_notice_has_come_for_a_while() -> None:
     notices = Notices()
-    assert notices.hear("a", AWS, [said()], 0.0) == ["aws: it goes in 30 s, terminate"]
+    assert lines(notices.hear("a", AWS, [said()], 0.0)) == ["is taken back in 30 s (aws: terminate)"]
     assert notices.doomed == notices.avoided == {"a"}
     assert first(notices, ["a"], "is_time_to_leave", 0, 30) == GATHER_S
 
@@ -61,7 +67,7 @@ def test_the_same_notice_said_again_is_no_news_and_does_not_put_it_off() -> None
 def test_a_notice_that_is_taken_back_in_time_costs_nothing() -> None:
     notices = Notices()
     notices.hear("a", AZURE, [said(Source.AZURE)], 0.0)
-    assert notices.hear("a", AZURE, [], 4.0) == ["azure takes its notice back"]
+    assert lines(notices.hear("a", AZURE, [], 4.0)) == ["azure takes its notice back"]
     assert not notices.doomed
     assert not notices.avoided
     assert first(notices, ["a"], "is_time_to_leave", 0, 60) == float("inf")
@@ -76,13 +82,14 @@ def test_one_source_that_is_silent_takes_back_nothing_of_another() -> None:
 
 def test_a_hint_keeps_newcomers_away_and_sends_nobody() -> None:
     notices = Notices()
-    assert notices.hear("a", AWS, [said(is_hint=True)], 0.0) == ["aws: it may be taken back soon, terminate"]
+    hint = notices.hear("a", AWS, [said(is_hint=True)], 0.0)
+    assert lines(hint) == ["may be taken back soon (aws: terminate)"]
     assert not notices.doomed
     assert notices.avoided == {"a"}
     assert notices.deadline_s("a") is None
     assert not notices.is_time_to_leave(["a"], 60.0)
     both = [said(is_hint=True), said(left_s=120.0)]
-    assert notices.hear("a", AWS, both, 60.0) == ["aws: it goes in 120 s, terminate"]
+    assert lines(notices.hear("a", AWS, both, 60.0)) == ["is taken back in 120 s (aws: terminate)"]
     assert first(notices, ["a"], "is_time_to_leave", 60, 180) == 60 + GATHER_S
 
 

@@ -351,6 +351,12 @@ class ElasticConfig(Section):
     """Seconds for which a node in quarantine is given no member: longer than a node takes that restarts in a loop."""
     max_losses_per_node: Positive = 3
     """Losses of members on one node after which it is put in quarantine; one or two may be bad luck."""
+    notices: Literal["auto", "none", "aws", "gcp", "azure"] = "auto"
+    """Whose metadata service each node asks once a second whether it will be taken back; auto: that of the cloud which
+    its firmware names, nobody's elsewhere. What Ray drains (`ray drain-node`, SIGTERM to `ray start`) it knows anyway.
+    """
+    notice_endpoint: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = None
+    """Where it answers, such as http://10.0.0.1:8080; absent: where the cloud has it."""
     usd_per_node_hour: Annotated[float, Field(ge=0)] | None = None
     """Price of a node in US dollars an hour, for the ledger; absent: nothing is said of money."""
 

@@ -1,6 +1,7 @@
 """What is to be broken in a run on purpose, and when? One line says it: `kill rank=2 step=30`.
 
     DEED [rank=N | member=N | node=N | coordinator | agent=N] [step=N | phase=NAME | after=SECONDS] [times=N] [every=S]
+    notice node=N [lead=SECONDS] [cloud=NAME] [when]
 
 Pure: a line in, an injection out; an injection and the run's journal in, the victim out. `actors/injector.py` strikes.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from concertina.elastic.notices import Source
 from concertina.errors import UserError
 from concertina.layout import Seating
 
@@ -45,6 +47,10 @@ class Deed(StrEnum):
     """One more Ray node; there is no victim."""
     FLAP = "flap"
     """Killed and brought back, again and again."""
+    NOTICE = "notice"
+    """A node is told that it will be taken back, and it is, `lead_s` later."""
+    CANCEL = "cancel"
+    """The notice is taken back: the node stays."""
 
 
 class Kind(StrEnum):
@@ -72,6 +78,9 @@ class Injection:
     after_s: float = 0.0
     times: int = 1
     every_s: float = 10.0
+    lead_s: float = 30.0
+    cloud: str = Source.AZURE.value
+    """Whose notice it is; only Azure's may be taken back."""
 
     def __str__(self) -> str:
         whom = "" if self.kind is None else f" {self.kind.value}"
@@ -80,7 +89,8 @@ class Injection:
         when += "" if self.phase is None else f" phase={self.phase.replace(' ', '_')}"
         when += f" after={self.after_s:g}" if self.after_s else ""
         often = f" times={self.times} every={self.every_s:g}" if self.times > 1 else ""
-        return f"{self.deed.value}{whom}{when}{often}"
+        notice = f" lead={self.lead_s:g} cloud={self.cloud}" if self.deed is Deed.NOTICE else ""
+        return f"{self.deed.value}{whom}{notice}{when}{often}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Scene:
             case Kind.NODE | Kind.AGENT:
                 if number >= len(self.order):
                     raise UserError(f"there is no node {number}: the cluster has {len(self.order)}, counted from 0")
-                if kind is Kind.NODE and number == 0:
+                if kind is Kind.NODE and number == 0 and injection.deed not in _NOTICES:
                     raise UserError("node 0 has Ray's control store and the driver: no run survives it; kill another")
                 return Victim(kind, node=self.order[number])
             case Kind.RANK:
@@ -149,7 +159,7 @@ def parse(line: str) -> Injection:
     """The injection of a line. Raises UserError, which says what is wrong with it."""
     first, *words = line.split() or [""]
     if first not in set(Deed):
-        raise UserError(f"{line!r}: it begins with kill, freeze, thaw, join or flap")
+        raise UserError(f"{line!r}: it begins with {', '.join(Deed)}")
     found: dict[str, Any] = {"deed": Deed(first)}
     for word in words:
         name, sign, value = word.partition("=")
@@ -175,8 +185,12 @@ _WHEN: dict[str, tuple[str, bool | None]] = {
     "after": ("after_s", False),
     "times": ("times", True),
     "every": ("every_s", False),
+    "lead": ("lead_s", False),
+    "cloud": ("cloud", None),
 }
-_SPELLED = "step=N phase=NAME after=SECONDS times=N every=SECONDS"
+_SPELLED = "step=N phase=NAME after=SECONDS times=N every=SECONDS lead=SECONDS cloud=NAME"
+_NOTICES = (Deed.NOTICE, Deed.CANCEL)
+_CLOUDS = tuple(source.value for source in Source if source is not Source.RAY)
 
 
 def _number(line: str, name: str, value: str, whole: bool) -> float:
@@ -195,6 +209,10 @@ def _refuse(line: str, injection: Injection) -> None:
     phases = [*MEMBER_PHASES, *(phase.replace("_", " ") for phase in RUN_PHASES)]
     if deed is Deed.JOIN and kind is not None:
         problem = "join makes a node and takes no victim"
+    elif deed in _NOTICES and kind is not Kind.NODE:
+        problem = f"a {deed.value} is of a node: node=N"
+    elif injection.cloud not in _CLOUDS:
+        problem = f"cloud is one of {', '.join(_CLOUDS)}"
     elif deed is not Deed.JOIN and kind is None:
         problem = "whom? rank=N, member=N, node=N, coordinator or agent=N"
     elif kind in (Kind.NODE, Kind.AGENT) and deed in (Deed.FREEZE, Deed.THAW):

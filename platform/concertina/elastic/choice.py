@@ -82,9 +82,7 @@ def _why(layout: Layout, wanted: Mapping[str, int], most: int, members: int) -> 
     return f"world {layout.world} ({degrees}): {'; '.join(reasons)}"
 
 
-def seat(
-    job: Job, nodes: Mapping[int, str], old: Seating | None, leaving: Collection[int] = frozenset()
-) -> Seating:
+def seat(job: Job, nodes: Mapping[int, str], old: Seating | None, leaving: Collection[int] = frozenset()) -> Seating:
     """The seating of the members in `nodes` (member -> node) under the layout that those can have who stay. Who is
     `leaving` hands over what it has, and gets no rank: it is the last of the spares.
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["UNKNOWN_LEAD_S", "Notice", "Notices", "Source"]
+__all__ = ["UNKNOWN_LEAD_S", "Notice", "NoticeNews", "Notices", "Source"]
 
 UNKNOWN_LEAD_S = 30.0  # what to plan for where nobody says how long there is: Google and Azure give that much
 GATHER_S = 6.0  # notices of one wave come seconds apart
@@ -56,6 +56,32 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class NoticeNews:
+    """The data of a `notice` event; `str` is its one line. `left_s` is None for one that is taken back."""
+
+    source: Source
+    left_s: float | None
+    text: str = ""
+    is_hint: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> NoticeNews:
+        """Raises KeyError, ValueError when it is none."""
+        left_s = data["left_s"]
+        told = None if left_s is None else float(left_s)
+        return cls(Source(data["source"]), told, str(data.get("text") or ""), bool(data.get("is_hint")))
+
+    def __str__(self) -> str:
+        if self.left_s is None:
+            return f"{self.source} takes its notice back"
+        what = "may be taken back soon" if self.is_hint else f"is taken back in {self.left_s:.0f} s"
+        return f"{what} ({self.source}{f': {self.text}' if self.text else ''})"
+
+
+@dataclass(frozen=True)
 class _Held:
     """What was heard of a node: since when, and until when it is there."""
 
@@ -75,24 +101,24 @@ class Notices:
 
     _held: dict[str, dict[Source, _Held]] = field(default_factory=dict)
 
-    def hear(self, node: str, sources: Collection[Source], found: Collection[Notice], now: float) -> list[str]:
+    def hear(self, node: str, sources: Collection[Source], found: Collection[Notice], now: float) -> list[NoticeNews]:
         """All that `sources` say of a node at this moment: what they said before and do not say any more is taken
-        back. What is new in that, a line each."""
-        held, news = self._held.setdefault(node, {}), []
+        back. What is new in that."""
+        held = self._held.setdefault(node, {})
+        news: list[NoticeNews] = []
         for source in sources:
             said = min((n for n in found if n.source is source), key=lambda n: (n.is_hint, n.left_s), default=None)
             before = held.get(source)
             if said is None:
                 if before is not None:
                     del held[source]
-                    news.append(f"{source} takes its notice back")
+                    news.append(NoticeNews(source, None))
                 continue
             is_new = before is None or (before.notice.is_hint and not said.is_hint)
             came_s = now if before is None or is_new else before.came_s
             held[source] = _Held(said, came_s, now + said.left_s)
             if is_new:
-                what = "it may be taken back soon" if said.is_hint else f"it goes in {said.left_s:.0f} s"
-                news.append(f"{source}: {what}{f', {said.text}' if said.text else ''}")
+                news.append(NoticeNews(source, said.left_s, said.text, said.is_hint))
         return news
 
     # -- what is known ------------------------------------------------------------------------------------------------

@@ -73,6 +73,9 @@ class EventType(StrEnum):
     HEARTBEATS = "heartbeats"
     """At a session's end, the gaps between heartbeats as its coordinator saw them since it started: training and busy,
     each by member: longest_s, buckets (`elastic.channel.Gaps`)."""
+    NOTICE = "notice"
+    """What a cloud or Ray says of a node's end: node, source, left_s (None: it is taken back), text, is_hint
+    (`elastic.notices.NoticeNews`)."""
     MEMBER = "member"
     """One process of the run: member, node, pid, what (born, ready, lost, left, spare), reason."""
 
