@@ -27,6 +27,7 @@ COMMANDS = (
     ("import", "jobs.commands.import_hf:app"),
     ("export", "jobs.commands.export_hf:app"),
     ("chaos", "jobs.commands.chaos:chaos"),
+    ("lab", "jobs.commands.lab:app"),
     ("data", "jobs.commands.data:data"),
     ("doctor", "jobs.commands.doctor:doctor"),
 )

@@ -94,8 +94,8 @@ def test_a_node_is_left_before_it_goes_and_nobody_is_lost(
 def test_two_notices_are_one_change_and_what_is_taken_back_returns(
     start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:
-    """To the very processes: nothing is started again."""
-    stage = Stage(start(*FOUR, *NO_CHECKPOINT), cluster)
+    """To the very processes: nothing is started again. All there is room for is in use, so nobody comes instead."""
+    stage = Stage(start(*FOUR, *NO_CHECKPOINT, "--set", "cluster.num_workers=6"), cluster)
     before = stage.engines()
     stage.do("notice node=1 lead=300 cloud=azure")
     stage.do("notice node=2 lead=300 cloud=azure after=3")
@@ -103,7 +103,7 @@ def test_two_notices_are_one_change_and_what_is_taken_back_returns(
     assert causes(stage) == ["notice"], "one for both"
     stage.do("cancel node=1")
     stage.do("cancel node=2")
-    stage.settles(1, 4)
+    stage.settles(1, 6)
     assert stage.engines() == before
     nothing_was_done_again(stage)
     stage.ends_well(reference, nothing_left)
