@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.agent import NodeAgent
 from actors.assignment import Assignment, RunPlan, agent_name, member_name
 from actors.coordinator import COORDINATOR
-from actors.gone import GONE
+from actors.gone import GONE, HAS_NO_ROOM
 from actors.rank import Rank
 from concertina.elastic.losses import Reason
 from concertina.elastic.placement import NodeCapacity
@@ -423,6 +423,8 @@ def _ready(calls: list[Any], bound_s: float = 0) -> list[Any]:
 def _cause(error: RayError) -> tuple[Reason, str]:
     """The telling part of Ray's page about a dead actor."""
     text = str(error)
+    if isinstance(error, HAS_NO_ROOM):
+        return Reason.NODE, "its node was lost before it began"
     if isinstance(error, OutOfMemoryError) or any(mark in text.lower() for mark in _FOR_MEMORY):
         return Reason.OUT_OF_MEMORY, "killed for memory"
     if isinstance(error, RayActorError) and error.preempted:

@@ -19,6 +19,7 @@ import yaml
 from concertina.track.events import Event, EventType, read_events, void_after
 from concertina.track.recovery import MemberNews, MemberWhat, Recovery
 from concertina.track.run import RunFolder
+from infra.lab import Lab
 from tests.waiting import wait_until
 
 ENDLESS = "training.steps=100000"
@@ -65,7 +66,11 @@ def write_job(folder: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """In which the command line finds our packages, installed or not."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return os.environ | environment_paths()
+
+
+def environment_paths() -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 @dataclass
@@ -77,17 +82,20 @@ class Drive:
     storage: Path
     address: str | None = None
     pids: set[int] = field(default_factory=set)
+    lab: Lab | None = None
+    """On whose first host it runs."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         where = ["--storage", str(self.storage), *(["--address", self.address] if self.address else [])]
         with self._file("out").open("w") as out, self._file("err").open("w") as err:
+            command = [sys.executable, "-m", "jobs.cli", "train", *self.words, *where]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", "train", *self.words, *where],
+                command if self.lab is None else self.lab.command(0, command),
                 stdout=out,
                 stderr=err,
                 cwd=self.folder,
-                env=environment(),
+                env=environment() if self.lab is None else self.lab.environment() | environment_paths(),
                 start_new_session=True,
             )
 
