@@ -14,8 +14,9 @@ from types import FrameType
 
 from infra.processes import adopt_orphans, end_descendants
 
-__all__ = ["main"]
+__all__ = ["HAS_ENDED", "main"]
 
+HAS_ENDED = "the node has ended with"
 _AGAIN_S = 1.0
 _END_BOUND = timedelta(seconds=5)
 
@@ -35,7 +36,7 @@ def main(command: list[str]) -> int:
     while not asked:
         node = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         print(f"started {node.pid}", flush=True)
-        print(f"ended with {node.wait()}", flush=True)
+        print(f"{HAS_ENDED} {node.wait()}", flush=True)
         end_descendants(_END_BOUND)
         time.sleep(0 if asked else _AGAIN_S)
     return 0

@@ -26,6 +26,7 @@ import psutil
 
 from concertina.elastic.waits import BOUNDS
 from infra.keeper_spec import TOKEN_FILE
+from infra.lab.host import HAS_ENDED
 from infra.lab.network import LabError, Network, why_not
 from infra.processes import is_alive, start_time
 
@@ -37,6 +38,8 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _POLL_S = 0.1
 _END_S = 5.0
 _MOST_HOSTS = 64
+_LONGEST = "/concertina-lab-123456/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+_ROOT_LIMIT_CHARS = 107 - len(_LONGEST)
 _WITH_OWN_FOLDER = 'mount --bind "$0" "$1" || exit 1; shift; exec "$@"'
 _COUNT_NODES = (
     "import ray; ray.init('auto', logging_level='ERROR', log_to_driver=False); "
@@ -93,8 +96,7 @@ class Lab:
             raise LabError(f"{num_hosts} hosts: a lab has 1 to {_MOST_HOSTS}")
         if mbit is not None and (problem := why_not()):
             raise LabError(f"no links to slow to {mbit:g} Mbit/s: {problem}")
-        name = secrets.token_hex(3)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=f"-{name}", dir=root))
+        folder = _new_folder(root or Path(tempfile.gettempdir()))
         (folder / "ray").mkdir()
         (folder / TOKEN_FILE).write_text(secrets.token_hex(32))
         has_links = not why_not()
@@ -184,8 +186,6 @@ class Lab:
             "RAY_worker_niceness": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
-        if not self.has_links:
-            ours["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keep loopback addresses, see ray_nodes.py
         return kept | ours
 
     def command(self, host: int, words: Iterable[str]) -> list[str]:
@@ -318,12 +318,23 @@ class Lab:
                 continue
             if done.returncode == 0 and int(done.stdout.split()[-1]) >= count:
                 return
-            if not self.hosts[0].is_on:
-                break
+            for number in range(count):
+                log = (self.folder / f"host-{number}.log").read_text()
+                if HAS_ENDED in log:
+                    last = log.strip().splitlines()[-3:]
+                    raise LabError(f"host {number}: its Ray node did not start (last words: {' | '.join(last)})")
             time.sleep(_POLL_S)
-        log = self.folder / "host-0.log"
-        last = log.read_text().strip().splitlines()[-3:] if log.exists() else []
-        raise LabError(f"the lab's Ray nodes did not start (last words: {' | '.join(last)})")
+        raise LabError(f"not {count} Ray nodes within {BOUNDS['cluster_start'].seconds:g} s: is this machine busy?")
+
+
+def _new_folder(root: Path) -> Path:
+    """Raises LabError where Ray's sockets would have too long names."""
+    if len(str(root)) > _ROOT_LIMIT_CHARS:
+        text = f"temporary folder {root} has {len(str(root))} characters, Ray's sockets leave room for"
+        raise LabError(f"{text} {_ROOT_LIMIT_CHARS}: set TMPDIR to a shorter path")
+    folder = root / f"{_PREFIX}{secrets.token_hex(3)}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _free_port(address: str) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -134,25 +136,39 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
         Lab.up(0, root=tmp_path)
 
 
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """Short, for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.unit
+def test_a_folder_too_long_for_rays_sockets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="set TMPDIR to a shorter path"):
+        Lab.up(2, root=tmp_path / "very-long")
+
+
 @pytest.mark.ray
 @pytest.mark.soak
 @pytest.mark.parametrize("with_links", [pytest.param(True, marks=needs_links), False])
-def test_hosts_go_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_links: bool) -> None:
+def test_hosts_go_and_come_back(root: Path, monkeypatch: pytest.MonkeyPatch, with_links: bool) -> None:
     """Switched off, switched on again, frozen and thawed; another process finds the lab by its folder."""
     if not with_links:
         monkeypatch.setattr("infra.lab.lab.why_not", lambda: "network namespaces need root")
-    lab = Lab.up(2, root=tmp_path)
+    lab = Lab.up(2, root=root)
     try:
-        there = Lab.find(lab.name, tmp_path)
+        there = Lab.find(lab.name, root)
         assert (there.address, there.has_links) == (lab.address, with_links)
         there.freeze(1)
-        assert Lab.find(root=tmp_path).hosts[1].is_frozen
+        assert Lab.find(root=root).hosts[1].is_frozen
         there.thaw(1)
         below = there.hosts[1].processes()
         assert len(below) > 3, "a raylet and what it starts"
         there.kill(1)
         assert not [process for process in below if process.is_running() and process.status() != "zombie"]
-        assert not Lab.find(root=tmp_path).hosts[1].is_on
+        assert not Lab.find(root=root).hosts[1].is_on
         with pytest.raises(LabError, match="host 1 is off"):
             there.freeze(1)
         there.boot(1)
@@ -166,6 +182,6 @@ def test_hosts_go_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                 there.slow(1, 10.0)
     finally:
         with suppress(LabError):
-            Lab.find(lab.name, tmp_path).down()
+            Lab.find(lab.name, root).down()
     assert not lab.folder.exists()
     assert [host for host in lab.hosts if host.is_on] == []
