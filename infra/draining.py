@@ -6,16 +6,18 @@ from __future__ import annotations
 import time
 
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 __all__ = ["drain_node", "draining_nodes"]
 
 
-def drain_node(node_id: str, left_s: float, why: str) -> None:
-    """Node `node_id` will be gone in so many seconds."""
+def drain_node(node_id: str, left_s: float, why: str, address: str | None = None) -> None:
+    """Node `node_id` will be gone in so many seconds. `address`: of the cluster, if this process has not joined it."""
     deadline_ms = int((time.time() + left_s) * 1000)
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # one that a node cannot refuse
-    ray._private.worker.global_worker.gcs_client.drain_node(node_id, reason, why, deadline_ms)
+    gcs = ray._private.worker.global_worker.gcs_client if address is None else GcsClient(address=address)
+    gcs.drain_node(node_id, reason, why, deadline_ms)
 
 
 def draining_nodes() -> dict[str, float | None]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recovery.notices import NOTICE, TAKEN_BACK
 from benchmarks.recovery.ray_train import ROOT
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
 from concertina.errors import ConcertinaError, UserError
@@ -21,10 +22,14 @@ from concertina.errors import ConcertinaError, UserError
 __all__ = ["main", "rows_of"]
 
 GOALS_S = {"process killed": 0.4, "node killed": 0.7, "process frozen": None, "node frozen": 2.4, "join": 0.3}
+GOALS_S |= {NOTICE: 0.3}
 """A frozen process has none: its node's agent tells of it early. Of a frozen node the silence tells, after 2 s."""
 OWN = {"detected_s": "until detected", "halt_s": "halt", "prepare_s": "prepare", "move_s": "move"}
 COMERS = {"process": "a process replaced, until used", "node": "a node arrived, until used"}
-RATIOS = {"process killed": 30.0, "node killed": 100.0, "join": 30.0}
+RATIOS = {"process killed": 30.0, "node killed": 100.0, "join": 30.0, NOTICE: 50.0}
+PLANNED = ("join", NOTICE)
+"""Nobody waits from the beginning of these: what counts is how long those who train stand still."""
+MOST_STEPS_TAKEN_BACK = 1.0
 TORCHFT_RATIO = 2.5
 WHY = "see docs/log.md"
 
@@ -56,6 +61,12 @@ def rows_of(own: dict[str, Any], ray: dict[str, Any] | None, torchft: dict[str, 
         if stalls:
             rows.append(Row.of(f"{kind}, stall", "s", stalls, goal, at_most=goal is not None, reason=WHY))
             rows.append(Row(f"{kind}, stall, p99", _tail(stalls), "s"))
+    longer = _values(own, TAKEN_BACK, "stall_steps")
+    if longer:
+        goal = MOST_STEPS_TAKEN_BACK
+        rows.append(
+            Row.of(f"{TAKEN_BACK}, longest step over a normal one", "steps", longer, goal, at_most=True, reason=WHY)
+        )
     rows += [*_kept_rows(own), *_cold_rows(own), *_own_rows(own)]
     peers = ((ray, "Ray Train", RATIOS), (torchft, "torchft", {"process killed": TORCHFT_RATIO}))
     for other, name, goals in peers:
@@ -73,7 +84,7 @@ def _kept_rows(own: dict[str, Any]) -> list[Row]:
         shares = tuple(s["survivors_kept"] / s["survivors"] for s in faults)
         rows.append(Row("survivors kept, same process and engine", kept, "share", 1.0, shares, reason=WHY))
     for name in ("steps_lost", "steps_again"):
-        counts = tuple(float(s[name]) for s in samples if s["recovered"])
+        counts = tuple(float(s[name]) for s in samples if s["recovered"] and name in s)
         if counts:
             rows.append(Row(name.replace("_", " "), max(counts), "steps", 0.0, counts, at_most=True, reason=WHY))
     return rows
@@ -107,7 +118,7 @@ def _own_rows(own: dict[str, Any]) -> list[Row]:
 def _peer_rows(own: dict[str, Any], peer: dict[str, Any], name: str, goals: dict[str, float]) -> list[Row]:
     rows = []
     for kind, goal in goals.items():
-        measure = "standstill_s" if kind == "join" else "stall_s"
+        measure = "standstill_s" if kind in PLANNED else "stall_s"
         ours, theirs = _values(own, kind, measure), _values(peer, kind, measure)
         if ours and theirs:
             rows.append(Row.of(f"{name}, {kind}, stall", "s", theirs))

@@ -25,6 +25,7 @@ import yaml
 from benchmarks.recovery import faults
 from benchmarks.recovery.account import JOIN, Seated, join_of, join_record, kept_of, own_of
 from benchmarks.recovery.model import SUBJECT, job_of_subject
+from benchmarks.recovery.notices import NOTICE, TAKEN_BACK, notice_event, taken_back_event
 from benchmarks.recovery.ray_train import MOST, ROOT, Nodes, Settings, set_environment
 from benchmarks.recovery.roster import Roster
 from benchmarks.recovery.stall import Line
@@ -37,8 +38,8 @@ from infra.processes import end_descendants
 __all__ = ["main", "measure"]
 
 LAYOUTS = {"data-parallel": {}, "folded": {"ep": 2}}
-KINDS = ("process killed", "node killed", "process frozen", "node frozen")
-NODE_KINDS = ("node killed", "node frozen")
+KINDS = ("process killed", "node killed", "process frozen", "node frozen", NOTICE, TAKEN_BACK)
+NODE_KINDS = ("node killed", "node frozen", NOTICE)
 
 
 class Run:
@@ -97,6 +98,14 @@ class Run:
         assert folder is not None
         return [dict(e.data) for e in read_events(folder.events_file) if e.type == EventType.RECOVERY]
 
+    def losses(self, since_s: float) -> list[dict[str, Any]]:
+        """Members that were lost since then."""
+        folder = self.folder
+        assert folder is not None
+        since_ns = (since_s + self._clocks_s) * 1e9
+        events = [e for e in read_events(folder.events_file) if e.type == EventType.MEMBER and e.ts_ns > since_ns]
+        return [dict(event.data) for event in events if event.data["what"] == "lost"]
+
     def check(self) -> None:
         """Raises UserError when the driver has ended."""
         if self._process.poll() is not None:
@@ -154,7 +163,7 @@ def measure(events: int, kinds: Sequence[str], layout: str, bound_s: float, keep
             nodes.shutdown()
         finally:
             end_descendants(timedelta(seconds=10))
-    planned = 2 * events * len(kinds)  # each with the join after it
+    planned = events * sum(1 if kind == TAKEN_BACK else 2 for kind in kinds)  # others with the join after them
     return {"samples": samples, "recoveries": said, "planned": planned, "broken_off": broken_off}
 
 
@@ -168,10 +177,16 @@ def _event(run: Run, watch: EventWatch, nodes: Nodes, roster: Roster, kind: str,
     outage: dict[str, Any] = {"kind": kind, "recovered": False} | kept_of(before, [], hit)
     join: dict[str, Any] = {"kind": JOIN, "recovered": False}
     whose = {"of": "node" if of_node else "process"}
+    if kind == TAKEN_BACK:
+        return [outage | taken_back_event(run, roster, victim, old) | kept_of(before, roster.seated(), ())]
     try:
-        fault = _strike(nodes, kind, victim)
-        outage |= watch.outage(fault)
-        since_s = _bring_node(watch, nodes, kind, victim) if of_node else fault.at_s
+        if kind == NOTICE:
+            outage |= notice_event(run, watch, nodes, victim, old)
+            since_s = nodes.add().at_s
+        else:
+            fault = _strike(nodes, kind, victim)
+            outage |= watch.outage(fault)
+            since_s = _bring_node(watch, nodes, kind, victim) if of_node else fault.at_s
         watch.settle(MOST)
         records = run.recoveries()[old:]
         outage |= own_of([said for said in records if said["cause"]["reason"] != JOIN])

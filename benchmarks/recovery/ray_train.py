@@ -14,6 +14,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery import faults
+from benchmarks.recovery.notices import LEAD_S, NOTICE
 from benchmarks.recovery.ray_job import CHECKPOINT_STEPS, JobSpec
 from benchmarks.recovery.watch import Watch, document_of, own_all
 from concertina.errors import UserError
+from infra.draining import drain_node
 from infra.keeper_spec import LOOPBACK, TOKEN_FILE, ray_environment
 from infra.processes import end_descendants
 
@@ -99,6 +102,10 @@ class Nodes:
         """It stays one of the nodes until it is killed."""
         return faults.freeze_node(self._nodes[self._index(node_id)])
 
+    @property
+    def ids(self) -> list[str]:
+        return [str(node.node_id) for node in self._nodes]
+
     def _index(self, node_id: str) -> int:
         return next(index for index, node in enumerate(self._nodes) if node.node_id == node_id)
 
@@ -158,7 +165,20 @@ def _round(watch: Watch, nodes: Nodes, number: int) -> list[dict[str, Any]]:
     watch.settle(MOST - 1)
     joined = watch.outage(nodes.add())
     watch.settle(MOST)
-    return [killed, gone, joined]
+    return [killed, gone, joined, _notice(watch, nodes, number)]
+
+
+def _notice(watch: Watch, nodes: Nodes, number: int) -> dict[str, Any]:
+    """Ray's own drain, as ours gets it; the node goes at its deadline, whoever is on it."""
+    watch.pause()
+    node = nodes.ids[number % MOST]
+    at_s = time.monotonic()
+    drain_node(node, LEAD_S, "benchmark", nodes.address)
+    time.sleep(max(0.0, at_s + LEAD_S - time.monotonic()))
+    sample = watch.outage(faults.Fault(NOTICE, at_s, nodes.kill_id(node).pids))
+    nodes.add()
+    watch.settle(MOST)
+    return sample
 
 
 def set_environment(folder: Path, settings: Settings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from actors.assignment import member_name
+from actors.assignment import agent_name, member_name
 from benchmarks.recovery.account import Seated
 from benchmarks.recovery.watch import own_all
 from concertina.elastic.waits import BOUNDS
@@ -58,6 +58,25 @@ class Roster:
             except RayError:
                 continue  # it died of the question, or before it
         return engines
+
+    def notice(self, node: str) -> None:
+        """A metadata service of the node's agent says that it goes in five minutes; as Azure's, it may change its
+        mind."""
+        self._ask(self._agent(node).pretend_notice.remote("azure", 300.0))
+
+    def take_back(self, node: str) -> None:
+        self._ask(self._agent(node).take_notice_back.remote())
+
+    def _agent(self, node: str) -> Any:
+        import ray
+
+        session = json.loads(self._folder.journal_file.read_text())["session"]
+        return ray.get_actor(agent_name(session, node), self._namespace)
+
+    def _ask(self, call: Any) -> None:
+        import ray
+
+        ray.get(call, timeout=BOUNDS["ask_ray"].seconds)
 
     def leave(self) -> None:
         """The cluster, which goes on."""
