@@ -70,6 +70,7 @@ def nothing_was_done_again(stage: Stage) -> None:
     assert stage.drive.events(EventType.ROLLBACK) == []
 
 
+@pytest.mark.soak
 def test_a_node_is_left_before_it_goes_and_nobody_is_lost(
     start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:
