@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from concertina.config import Job
 from concertina.elastic.chaos import Injection
-from concertina.errors import UserError
+from concertina.errors import NotFoundError, UserError
 from jobs.injections import break_on_purpose, get_ready_to_break
 from jobs.preparation import Prepared, forget, refuse_stages_on_gpus
 from jobs.progress import Progress
@@ -136,8 +136,10 @@ def _on_the_head() -> object:
     from ray import nodes
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    head = next(node for node in nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"])
-    return NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+    heads = [node for node in nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
+    if not heads:
+        raise NotFoundError("the cluster has no head node any more: start it again, `ray start --head`")
+    return NodeAffinitySchedulingStrategy(heads[0]["NodeID"], soft=False)
 
 
 def _start_coordinator(plan: RunPlan) -> object:

@@ -11,6 +11,7 @@ import typer
 from jobs.output import Output, OutputOption, next_commands, print_json
 
 if TYPE_CHECKING:
+    from concertina.elastic.chaos import Injection
     from concertina.track.run import RunFolder
     from infra.cluster_access import ClusterAccess
 
@@ -50,7 +51,6 @@ def chaos(
       concertina chaos RUN flap --node 1 --times 3 --every 20
       concertina chaos RUN notice --node 1 --lead 30
     """
-    from actors.injector import Injector, Strike
     from concertina.elastic.chaos import parse
     from concertina.track.run import open_run
 
@@ -71,6 +71,16 @@ def chaos(
     injection = parse(" ".join([*words, *(f"{name}={value}" for name, value in how.items() if value is not None)]))
 
     folder = open_run(storage, run)
+    _strike(folder, injection, address, output)
+    if output is Output.TEXT:
+        where = "" if storage == Path("runs") else f" --storage {storage}"
+        next_commands([(f"concertina runs show {folder.run_id}{where}", "how it took it")])
+
+
+def _strike(folder: RunFolder, injection: Injection, address: str | None, output: Output) -> None:
+    """Carry it out, and say each turn of it."""
+    from actors.injector import Injector, Strike
+
     access = _join_cluster(folder, address)
 
     def tell(strike: Strike) -> None:
@@ -81,9 +91,6 @@ def chaos(
         sys.stdout.flush()
 
     Injector(folder, access, tell).carry_out(injection)
-    if output is Output.TEXT:
-        where = "" if storage == Path("runs") else f" --storage {storage}"
-        next_commands([(f"concertina runs show {folder.run_id}{where}", "how it took it")])
 
 
 def _join_cluster(folder: RunFolder, address: str | None) -> ClusterAccess:
