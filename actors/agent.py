@@ -37,6 +37,7 @@ __all__ = ["NodeAgent", "Wards"]
 log = logging.getLogger("concertina.agent")
 
 _LOOK_S = 1.0
+_SLOW_S = 0.1
 _BELL_HANGS_WITHIN_S = 10.0  # it is hung before a member can be known to anybody
 
 
@@ -153,6 +154,17 @@ class NodeAgent:
         if os.getpid() in pids:
             os.kill(os.getpid(), SIGNALS[deed])
         return [*self._wards.send(SIGNALS[deed], pids), *self._coordinator.send(SIGNALS[deed], pids)]
+
+    def slow(self, pid: int, factor: float, for_s: float) -> None:
+        """A process of the run stands still for a part of every tenth of a second, for so long."""
+        threading.Thread(target=self._slow, args=(pid, factor, for_s), name=f"slow-{pid}", daemon=True).start()
+
+    def _slow(self, pid: int, factor: float, for_s: float) -> None:
+        until_s = time.monotonic() + for_s
+        while time.monotonic() < until_s and self._wards.send(signal.SIGSTOP, [pid]):
+            time.sleep(_SLOW_S * (1 - 1 / factor))
+            self._wards.send(signal.SIGCONT, [pid])
+            time.sleep(_SLOW_S / factor)
 
     def pretend_notice(self, cloud: str, lead_s: float) -> None:
         """As if the cloud had given notice: a metadata service of this node's says so, and at the end of the lead the

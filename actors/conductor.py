@@ -25,6 +25,7 @@ from actors.gone import GONE
 from actors.hands import Hands, Member, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
+from actors.pacing import Pacing
 from actors.recorder import Recorder
 from actors.recruiter import Recruiter
 from actors.regrouping import Regrouping
@@ -93,6 +94,7 @@ class Conductor:
         self.accounting = Accounting(plan, self.events, self.book, self.hands, self.journal)
         self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting, notices)
         home = ray.get_runtime_context().get_node_id()
+        self.pacing = Pacing(plan.job, self.book, self.server, self.regrouping)
         self.departures = Departures(notices, self.book, self.hands, self.regrouping, home, self._dismiss)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
@@ -188,6 +190,7 @@ class Conductor:
         self._obey()
         self._recruit()
         if not self.book.state.is_end:
+            self.pacing.look()
             self.regrouping.look()
             self._look_at_shortage()
 
@@ -217,6 +220,7 @@ class Conductor:
         losses = self.evidence.look(self.regrouping.waits_for_members)
         known = {loss.member for loss in losses}
         losses += self.regrouping.late(self.hands.members.keys() - known)
+        losses += [loss for loss in self.pacing.losses() if loss.member in self.hands.members]
         known = {loss.member for loss in losses}
         for error in self.book.errors:
             if error.rank in self.hands.members and error.rank not in known:

@@ -181,6 +181,8 @@ class Injector:
             return
         deed = Deed.KILL if injection.deed is Deed.FLAP else injection.deed
         match victim.kind:
+            case _ if deed is Deed.SLOW:
+                self._ask(self._agent(victim.node).slow.remote(victim.pid, injection.factor, injection.for_s))
             case Kind.NODE:
                 self._ask(self._agent(victim.node).end_node.remote())
             case Kind.AGENT:
@@ -252,6 +254,7 @@ class Injector:
 
     def _say(self, injection: Injection, victim: Victim, done: str = "") -> None:
         past = {Deed.KILL: "killed", Deed.FREEZE: "froze", Deed.THAW: "thawed", Deed.FLAP: "killed"}
+        past[Deed.SLOW] = f"made {injection.factor:g} times slower"
         self.look_quietly()
         what = f"{victim} {done}" if done else f"{past[injection.deed]} {victim}"
         self.tell(Strike(time.time_ns(), str(injection), what, self._step))
@@ -265,6 +268,6 @@ class Injector:
 
 
 def _has_fuse(injection: Injection) -> bool:
-    if injection.deed in (Deed.NOTICE, Deed.CANCEL):
-        return False  # a cloud looks at nobody's steps
+    if injection.deed in (Deed.NOTICE, Deed.CANCEL, Deed.SLOW):
+        return False  # a cloud looks at nobody's steps, and who is slow goes on
     return injection.step is not None or injection.phase in MEMBER_PHASES

@@ -65,6 +65,7 @@ class RankLink:
 
     def spent(self, sheet: Timesheet) -> None:
         """Without it, all the time since a member's last change of seats would count as such, were it to die now."""
+        self.client.paced(self.stamp.step, sheet.computed_s)
         now = time.monotonic()
         if now - self._said_s < SAY_TIME_EVERY_S:
             return

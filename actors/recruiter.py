@@ -58,8 +58,9 @@ class Recruiter:
 
     def blame(self, loss: Loss) -> None:
         """Count a loss against its node, but not those that the node did not cause."""
+        often = self.job.elastic.max_losses_per_node if loss.reason is Reason.SLOW else 1  # the next would be slow too
         if loss.reason is not Reason.PREEMPTED:
-            self._losses[loss.node].append(time.monotonic())
+            self._losses[loss.node] += [time.monotonic()] * often
 
     @property
     def barred(self) -> set[str]:

@@ -62,6 +62,7 @@ class Regrouping:
         self.seats = Seats(plan.job, self._doubts, notices)
         self.generations = Generations(self.seats, first=plan.generation)
         self.expected = 0  # members that are about to arrive
+        self.wish = ""  # why a planned change is wanted, if one is
         self._change: Change | None = None
         self._store: Any = None
         self._deadline: tuple[float, str] | None = None
@@ -190,8 +191,11 @@ class Regrouping:
             self._plan("notice")
         elif self.seats.is_cornered(present, seating):
             self._stop_short()
+        elif self.wish:
+            self._plan(self.wish)
         elif self._grows(now, seating):
             self._plan("join")
+        self.wish = ""
 
     def _plan(self, cause: str) -> None:
         self._change = Change(cause, [], self.generations.seating)

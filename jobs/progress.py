@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from concertina.config import Job
 from concertina.elastic.account import TRAINING, Account, Bucket
 from concertina.elastic.notices import NoticeNews
+from concertina.elastic.stragglers import StragglerNews
 from concertina.track.events import Event, EventType, read_events
 from concertina.track.recovery import MemberNews, MemberWhat, Recovery, short_node
 
@@ -153,6 +154,8 @@ class Progress:
             self.world = recovery.world_after
             self._window = _Window()
             return str(recovery)
+        elif event.type == EventType.STRAGGLER:
+            return str(StragglerNews.from_json(data))
         elif event.type == EventType.NOTICE:
             return f"node {short_node(str(data['node']))}: {NoticeNews.from_json(data)}"
         elif event.type == EventType.MEMBER:

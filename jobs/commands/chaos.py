@@ -20,7 +20,7 @@ __all__ = ["chaos"]
 
 def chaos(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Its id, the beginning of it, its folder, or latest.")],
-    deed: Annotated[str, typer.Argument(metavar="DEED", help="kill, freeze, thaw, join, flap, notice or cancel.")],
+    deed: Annotated[str, typer.Argument(metavar="DEED", help="kill, freeze, thaw, slow, join, flap, notice, cancel.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Whoever has this rank then.")] = None,
     member: Annotated[int | None, typer.Option(min=0, help="This process of the run.")] = None,
     node: Annotated[int | None, typer.Option(min=0, help="This Ray node and all on it; the head is 0.")] = None,
@@ -33,6 +33,8 @@ def chaos(
     every: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Time between two; 10.")] = None,
     lead: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="How long a notice leaves; 30.")] = None,
     cloud: Annotated[str | None, typer.Option(help="Whose notice: aws, gcp or azure, which may take it back.")] = None,
+    factor: Annotated[float | None, typer.Option(min=1, help="How much slower; 3.")] = None,
+    lasting: Annotated[float | None, typer.Option("--for", metavar="SECONDS", help="How long it is slow; 60.")] = None,
     address: Annotated[str | None, typer.Option(help="The Ray cluster, if not where the run says it is.")] = None,
     storage: Annotated[Path, typer.Option(help="The folder of runs: a job's storage_path.")] = Path("runs"),
     output: OutputOption = Output.TEXT,
@@ -42,8 +44,9 @@ def chaos(
     \b
     Phases of a member: step, validation, checkpoint, halted, preparing, prepared, moving, verified, adopted;
     of the run: forming, training, recovering, checkpointing.
-    join starts one more Ray node of a local cluster; flap kills and brings back, again and again. notice has a fake
-    metadata service tell a node that it is taken back, and ends it then; cancel takes the notice back.
+    join starts one more Ray node of a local cluster; flap kills and brings back, again and again; slow stops a process
+    for a part of every tenth of a second. notice has a fake metadata service tell a node that it is taken back, and
+    ends it then; cancel takes the notice back.
 
     \b
     Example:
@@ -51,30 +54,25 @@ def chaos(
       concertina chaos RUN flap --node 1 --times 3 --every 20
       concertina chaos RUN notice --node 1 --lead 30
     """
-    from concertina.elastic.chaos import parse
     from concertina.track.run import open_run
 
     whom = {"rank": rank, "member": member, "node": node, "agent": agent}
-    words = [deed, *(f"{name}={number}" for name, number in whom.items() if number is not None)]
-    words += ["coordinator"] if coordinator else []
-    phase = None if at_phase is None else at_phase.replace(" ", "_")
-    often = 3 if times is None and deed == "flap" else times
-    how = {
-        "step": at_step,
-        "phase": phase,
-        "after": after,
-        "times": often,
-        "every": every,
-        "lead": lead,
-        "cloud": cloud,
-    }
-    injection = parse(" ".join([*words, *(f"{name}={value}" for name, value in how.items() if value is not None)]))
-
+    how = {"times": 3 if times is None and deed == "flap" else times, "every": every, "lead": lead, "cloud": cloud}
+    how |= {"step": at_step, "phase": at_phase, "after": after, "factor": factor, "for": lasting}
+    injection = _injection(deed, {**whom, **how}, coordinator)
     folder = open_run(storage, run)
     _strike(folder, injection, address, output)
     if output is Output.TEXT:
         where = "" if storage == Path("runs") else f" --storage {storage}"
         next_commands([(f"concertina runs show {folder.run_id}{where}", "how it took it")])
+
+
+def _injection(deed: str, given: dict[str, object], coordinator: bool) -> Injection:
+    """As the line of `--chaos` that says the same. Raises UserError."""
+    from concertina.elastic.chaos import parse
+
+    words = [f"{name}={str(value).replace(' ', '_')}" for name, value in given.items() if value is not None]
+    return parse(" ".join([deed, *words, *(["coordinator"] if coordinator else [])]))
 
 
 def _strike(folder: RunFolder, injection: Injection, address: str | None, output: Output) -> None:

@@ -12,6 +12,7 @@ import pytest
 from actors.conductor import Conductor
 from actors.evidence import Evidence
 from actors.hands import Member
+from actors.pacing import Pacing
 from actors.recruiter import Recruiter
 from concertina.elastic.channel.server import Silence
 from concertina.elastic.losses import Loss, Reason
@@ -66,6 +67,7 @@ class Judge:
         made.accounting, made.server, made.hands = made.regrouping.accounting, server, hands
         made.evidence, made._unexplained = Evidence(hands, server), {}
         self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands, self.scene.notices)
+        made.pacing = Pacing(self.scene.plan.job, made.book, server, made.regrouping)
         self.conductor: Conductor = made
 
     def fails(self, member: int, *, hardware: bool) -> None:

@@ -45,6 +45,15 @@ def test_shares_of_any_world_are_the_batch_in_order(size: tuple[int, int, int], 
 
 @given(groups=st.integers(1, 40), whole=st.integers(1, 5), parts=st.integers(1, 12))
 @settings(max_examples=50, deadline=None)
+def test_shares_by_loads_are_the_batch_in_order_and_part_no_group(groups: int, whole: int, parts: int) -> None:
+    batch, loads = list(range(groups * whole)), [1 + index % 3 for index in range(parts)]
+    shares = [share(batch, parts, index, whole, loads) for index in range(parts)]
+    assert [i for piece in shares for i in piece] == batch
+    assert {len(piece) % whole for piece in shares} == {0}
+
+
+@given(groups=st.integers(1, 40), whole=st.integers(1, 5), parts=st.integers(1, 12))
+@settings(max_examples=50, deadline=None)
 def test_shares_part_no_group(groups: int, whole: int, parts: int) -> None:
     batch = GlobalSampler(500, groups * whole, 3).batch(1)
     shares = [share(batch, parts, index, whole) for index in range(parts)]

@@ -466,7 +466,9 @@ def test_messages_are_answered_at_once_and_beats_only_now_and_then(hall: Hall) -
     server = hall.server(Ear())
     with greet(server.address) as member:
         for step in range(1, 21):
-            member.sendall(to_line({"beat": {"step": step, "phase": "step", "age_s": 0.0, "heard": 0}}))
+            member.sendall(
+                to_line({"beat": {"step": step, "phase": "step", "age_s": 0.0, "heard": 0, "done": 0, "busy_s": 0.0}})
+            )
             wait_until(lambda step=step: 0 in server.silences() and server.silences()[0].step == step)
         server.recorded = 5
         member.sendall(to_line({"seq": 1, "say": {"a": "message"}}))

@@ -225,3 +225,19 @@ def test_readers_beside_a_writer_see_every_second_once() -> None:
         reader.join()
     assert torn == []
     assert sum(sheet.totals().values()) == next(readings) - 1
+
+
+def test_what_was_computed_never_falls(sheet: Timesheet, clock: Clock) -> None:
+    """A pace is made of it, whatever becomes of the steps."""
+    mark = sheet.mark()
+    sheet.begin_step()
+    clock.now += 4
+    sheet.add(Bucket.EXPOSED_COMMUNICATION, 1)
+    sheet.end_step()
+    assert sheet.computed_s == 3
+    sheet.void_since(mark)
+    assert sheet.totals() == {"recomputation": 4}
+    assert sheet.computed_s == 3
+    clock.now += 2
+    sheet.enter(Bucket.SPARE)
+    assert sheet.computed_s == 5, "what runs is counted as far as it has come"

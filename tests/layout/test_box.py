@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concertina.layout import Box, cut
+from concertina.layout import Box, cut, cut_by
 
 pytestmark = pytest.mark.unit
 
@@ -28,6 +28,25 @@ def test_cuts_tile_the_length(length: int, parts: int) -> None:
 def test_the_first_parts_take_the_remainder() -> None:
     assert [cut(10, 4, index) for index in range(4)] == [(0, 3), (3, 6), (6, 8), (8, 10)]
     assert [cut(2, 4, index) for index in range(4)] == [(0, 1), (1, 2), (2, 2), (2, 2)]
+
+
+@given(st.integers(0, 300), st.lists(st.integers(1, 1000), min_size=1, max_size=12))
+def test_cuts_by_loads_tile_the_length_and_are_near_to_their_proportion(length: int, loads: list[int]) -> None:
+    pieces = [cut_by(length, loads, index) for index in range(len(loads))]
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == length
+    assert all(left[1] == right[0] for left, right in pairwise(pieces))
+    sizes = [stop - start for start, stop in pieces]
+    if length >= len(loads):
+        assert min(sizes) >= 1
+    raised = sum(length * load < sum(loads) for load in loads)  # to one, which others pay
+    for size, load in zip(sizes, loads, strict=True):
+        assert abs(size - length * load / sum(loads)) < 1 + raised
+
+
+def test_cuts_by_like_loads_are_cuts() -> None:
+    for length in range(40):
+        assert [cut_by(length, (7, 7, 7), i) for i in range(3)] == [cut(length, 3, i) for i in range(3)]
 
 
 @st.composite

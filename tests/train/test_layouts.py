@@ -60,10 +60,13 @@ def all_degrees(most_ranks: int) -> list[Degrees]:
     return found
 
 
-def gradients_of(rank: int, store: Any, job: Job, degrees: Degrees, mutation: str = "") -> dict[str, Any]:
+def gradients_of(
+    rank: int, store: Any, job: Job, degrees: Degrees, mutation: str = "", loads: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """This rank's pieces of the summed gradients of step 1, what two steps and a validation say, and what
     all of it dropped."""
     engine = engine_on(job, layout_of(degrees), rank, store)
+    engine.share.seating = replace(engine.share.seating, loads=loads)
     drops = record_drops(engine)
     _mutate(engine, mutation)
     engine._forward_backward(1)
@@ -140,11 +143,11 @@ def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     return float(errors[worst]), worst
 
 
-def check(degrees: Degrees, precision: str, bound: float, **changes: Any) -> None:
+def check(degrees: Degrees, precision: str, bound: float, loads: tuple[int, ...] = (), **changes: Any) -> None:
     """Loss, every gradient, every drop of a step, and in float64 two whole steps and a validation, equal one process,
     which takes the batch as a whole."""
     reference = one_process(precision, **changes)
-    ranks = on_ranks(gradients_of, degrees[0], odd_job(training__precision=precision, **changes), degrees)
+    ranks = on_ranks(gradients_of, degrees[0], odd_job(training__precision=precision, **changes), degrees, "", loads)
     error, where = worst_error(assemble(ranks), assemble([reference]))
     assert error < bound, f"{where}: {error:.2e}"
     assert set().union(*(rank["drops"] for rank in ranks)) == reference["drops"]
@@ -158,6 +161,16 @@ def check(degrees: Degrees, precision: str, bound: float, **changes: Any) -> Non
 @pytest.mark.parametrize("degrees", TESTED, ids=str)
 def test_loss_and_every_gradient_equal_one_process(degrees: Degrees) -> None:
     check(degrees, "float64", 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "loads"),
+    [((3, 1, 3, 1), (1000, 250, 1000)), ((4, 2, 2, 1), (1, 3)), ((4, 1, 2, 1, 1, 2), (5, 2))],
+    ids=str,
+)
+def test_who_is_slower_gets_fewer_sequences(degrees: Degrees, loads: tuple[int, ...]) -> None:
+    check(degrees, "float64", 1e-10, loads)
+    check(degrees, "float64", 1e-10, loads, training__micro_batch_size=1)
 
 
 @pytest.mark.parametrize("degrees", [(4, 4, 1, 1), (4, 2, 2, 2)], ids=str)

@@ -357,6 +357,9 @@ class ElasticConfig(Section):
     """
     notice_endpoint: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = None
     """Where it answers, such as http://10.0.0.1:8080; absent: where the cloud has it."""
+    stragglers: Literal["report", "act", "ignore"] = "report"
+    """Members that compute slower than their like by a fifth or more. report: says so; act: a spare replaces one, or it
+    gets fewer sequences, or the others go on without it, whichever makes steps shorter, which is measured."""
     usd_per_node_hour: Annotated[float, Field(ge=0)] | None = None
     """Price of a node in US dollars an hour, for the ledger; absent: nothing is said of money."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from concertina.data.permutation import Indices, mix, permute
 from concertina.errors import DataError
-from concertina.layout.box import cut
+from concertina.layout.box import cut, cut_by
 
 __all__ = ["GlobalSampler", "Sampler", "share"]
 
@@ -68,11 +68,13 @@ class GlobalSampler:
         return permute(positions, self.num_sequences, mix(self.seed, epoch))
 
 
-def share(ids: Sequence[int], parts: int, index: int, whole: int = 1) -> list[int]:
-    """The contiguous piece of a batch that part `index` of `parts` reads; sizes differ by at most `whole`.
+def share(ids: Sequence[int], parts: int, index: int, whole: int = 1, loads: Sequence[int] = ()) -> list[int]:
+    """The contiguous piece of a batch that part `index` of `parts` reads; sizes differ by at most `whole`, or are in
+    proportion to `loads`.
 
     `whole` consecutive sequences, of which the batch has a multiple, stay together.
     """
     assert len(ids) % whole == 0, (len(ids), whole)
-    start, stop = cut(len(ids) // whole, parts, index)
+    count = len(ids) // whole
+    start, stop = cut_by(count, loads, index) if loads else cut(count, parts, index)
     return list(ids[start * whole : stop * whole])

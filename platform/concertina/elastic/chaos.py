@@ -2,6 +2,7 @@
 
     DEED [rank=N | member=N | node=N | coordinator | agent=N] [step=N | phase=NAME | after=SECONDS] [times=N] [every=S]
     notice node=N [lead=SECONDS] [cloud=NAME] [when]
+    slow rank=N [factor=F] [for=SECONDS] [when]
 
 Pure: a line in, an injection out; an injection and the run's journal in, the victim out. `actors/injector.py` strikes.
 """
@@ -47,6 +48,8 @@ class Deed(StrEnum):
     """One more Ray node; there is no victim."""
     FLAP = "flap"
     """Killed and brought back, again and again."""
+    SLOW = "slow"
+    """It stands still for a part of every tenth of a second, so that it takes `factor` times as long, for `for_s`."""
     NOTICE = "notice"
     """A node is told that it will be taken back, and it is, `lead_s` later."""
     CANCEL = "cancel"
@@ -79,6 +82,8 @@ class Injection:
     times: int = 1
     every_s: float = 10.0
     lead_s: float = 30.0
+    factor: float = 3.0
+    for_s: float = 60.0
     cloud: str = Source.AZURE.value
     """Whose notice it is; only Azure's may be taken back."""
 
@@ -89,8 +94,9 @@ class Injection:
         when += "" if self.phase is None else f" phase={self.phase.replace(' ', '_')}"
         when += f" after={self.after_s:g}" if self.after_s else ""
         often = f" times={self.times} every={self.every_s:g}" if self.times > 1 else ""
+        slow = f" factor={self.factor:g} for={self.for_s:g}" if self.deed is Deed.SLOW else ""
         notice = f" lead={self.lead_s:g} cloud={self.cloud}" if self.deed is Deed.NOTICE else ""
-        return f"{self.deed.value}{whom}{notice}{when}{often}"
+        return f"{self.deed.value}{whom}{notice}{slow}{when}{often}"
 
 
 @dataclass(frozen=True)
@@ -187,8 +193,10 @@ _WHEN: dict[str, tuple[str, bool | None]] = {
     "every": ("every_s", False),
     "lead": ("lead_s", False),
     "cloud": ("cloud", None),
+    "factor": ("factor", False),
+    "for": ("for_s", False),
 }
-_SPELLED = "step=N phase=NAME after=SECONDS times=N every=SECONDS lead=SECONDS cloud=NAME"
+_SPELLED = "step=N phase=NAME after=SECONDS times=N every=SECONDS lead=SECONDS cloud=NAME factor=F for=S"
 _NOTICES = (Deed.NOTICE, Deed.CANCEL)
 _CLOUDS = tuple(source.value for source in Source if source is not Source.RAY)
 
@@ -211,6 +219,8 @@ def _refuse(line: str, injection: Injection) -> None:
         problem = "join makes a node and takes no victim"
     elif deed in _NOTICES and kind is not Kind.NODE:
         problem = f"a {deed.value} is of a node: node=N"
+    elif deed is Deed.SLOW and (kind not in (Kind.RANK, Kind.MEMBER) or injection.factor <= 1):
+        problem = "a rank or a member is made slow, by a factor of more than 1"
     elif injection.cloud not in _CLOUDS:
         problem = f"cloud is one of {', '.join(_CLOUDS)}"
     elif deed is not Deed.JOIN and kind is None:

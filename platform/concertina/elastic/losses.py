@@ -24,6 +24,8 @@ class Reason(StrEnum):
     PREEMPTED = "preempted"
     LATE = "late"
     """It did not obey an order within its bound."""
+    SLOW = "slow"
+    """The others are quicker without it."""
     UNBORN = "unborn"
     """Its process could not begin, where others could."""
     USER_ERROR = "user_error"

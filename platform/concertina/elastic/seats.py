@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from concertina.config import Job
 from concertina.elastic.choice import seat
 from concertina.elastic.doubts import Doubts
 from concertina.elastic.notices import Notices
+from concertina.elastic.stragglers import loads_of
 from concertina.errors import CapacityError, ConcertinaError
 from concertina.layout import Seating
 
@@ -26,6 +27,10 @@ class Seats:
     notices: Notices
     is_stopping: bool = False
     guest: int | None = None
+    slowness: dict[int, float] = field(default_factory=dict)
+    """By how much members are slower than others, of those that get fewer sequences for it."""
+    unwanted: set[int] = field(default_factory=set)
+    """Members without which the others are quicker."""
     clock: Callable[[], float] = field(default=time.monotonic)
 
     def __call__(self, present: Mapping[int, str], old: Seating | None) -> Seating:
@@ -47,6 +52,7 @@ class Seats:
         found = seat(self.job, trusted or present, old, leaving)
         if found.layout.world < least and len(trusted) < len(present):
             found = seat(self.job, present, old, leaving)  # there is no other way than with those in doubt
+        found = replace(found, loads=loads_of(found.layout, found.members, self.slowness))
         if found.layout.world < least:
             going = f", {len(leaving)} of them on nodes that are taken back" if leaving else ""
             raise CapacityError(f"{len(present)} members are there{going}, elastic.min_workers={least}")
@@ -55,9 +61,11 @@ class Seats:
     # -- nodes that go ------------------------------------------------------------------------------------------------
 
     def leaving(self, present: Mapping[int, str]) -> frozenset[int]:
-        """Members on nodes that will go."""
-        doomed = frozenset[str]() if self.is_stopping else self.notices.doomed
-        return frozenset(member for member, node in present.items() if node in doomed)
+        """Members on nodes that will go, and those that are not wanted."""
+        if self.is_stopping:
+            return frozenset()
+        doomed = self.notices.doomed
+        return frozenset(m for m, node in present.items() if node in doomed or m in self.unwanted)
 
     def is_time_to_leave(self, present: Mapping[int, str], seating: Seating) -> bool:
         """Whether ranks are on doomed nodes, and it is time that they go, and the run can go on without them."""

@@ -40,6 +40,7 @@ class Timesheet:
         self._held = False
         self._since = clock()
         self._step: Mark | None = None
+        self._computed_void_s = 0.0
 
     @property
     def current(self) -> Bucket:
@@ -122,6 +123,7 @@ class Timesheet:
             # After an earlier void a bucket may stand below a mark taken before it.
             spent = max(0.0, self._totals[bucket] - mark[bucket])
             self._totals[bucket] -= spent
+            self._computed_void_s += spent if bucket is Bucket.PRODUCTIVE else 0.0
             moved += spent
         self._totals[Bucket.RECOMPUTATION] += moved
         return moved
@@ -133,6 +135,13 @@ class Timesheet:
         with self._mutex:
             self._switch(self._current)
             return {bucket.value: seconds for bucket, seconds in self._totals.items() if seconds > 0}
+
+    @property
+    def computed_s(self) -> float:
+        """What has gone into computing steps, those that were voided since included: it never falls."""
+        with self._mutex:
+            self._switch(self._current)
+            return self._totals[Bucket.PRODUCTIVE] + self._computed_void_s
 
     def _switch(self, bucket: Bucket) -> Bucket:
         now = self._clock()

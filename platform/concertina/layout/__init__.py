@@ -1,7 +1,7 @@
 """Who is where: axes, the two grids, groups, boxes."""
 
 from concertina.layout.axis import ATTENTION, ENDS, EXPERT, GROUPS, STAGE, Axis
-from concertina.layout.box import Box, cut
+from concertina.layout.box import Box, cut, cut_by
 from concertina.layout.buckets import (
     BUCKET_BYTES,
     Slot,
@@ -42,6 +42,7 @@ __all__ = [
     "chunks",
     "chunks_size",
     "cut",
+    "cut_by",
     "cut_heads",
     "draw",
     "fits",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-__all__ = ["Box", "cut"]
+__all__ = ["Box", "cut", "cut_by"]
 
 
 def cut(length: int, parts: int, index: int) -> tuple[int, int]:
@@ -18,6 +19,22 @@ def cut(length: int, parts: int, index: int) -> tuple[int, int]:
     small, larger = divmod(length, parts)
     start = index * small + min(index, larger)
     return start, start + small + (index < larger)
+
+
+def cut_by(length: int, loads: Sequence[int], index: int) -> tuple[int, int]:
+    """(start, stop) of part `index` when `length` things are cut in proportion to `loads`, which are positive: within
+    one of it, what is left over to the largest remainders; and none empty where there are enough."""
+    total = sum(loads)
+    sizes = [length * load // total for load in loads]
+    by_remainder = sorted(range(len(loads)), key=lambda part: (-(length * loads[part] % total), part))
+    for part in by_remainder[: length - sum(sizes)]:
+        sizes[part] += 1
+    if length >= len(loads):
+        for part in [part for part, size in enumerate(sizes) if size == 0]:
+            sizes[sizes.index(max(sizes))] -= 1
+            sizes[part] = 1
+    start = sum(sizes[:index])
+    return start, start + sizes[index]
 
 
 @dataclass(frozen=True, order=True)

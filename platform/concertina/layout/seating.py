@@ -18,16 +18,19 @@ __all__ = ["Seating"]
 @dataclass(frozen=True)
 class Seating:
     """`members[rank]` sits there. `seconds[rank]` is the rank that owns a second copy of its optimizer's shard, None
-    where there is none. `spares` are members without a rank, which hold nothing and wait."""
+    where there is none. `spares` are members without a rank, which hold nothing and wait. `loads` are the parts of a
+    batch that the positions of dp get, in proportion; empty: alike."""
 
     layout: Layout
     members: tuple[int, ...]
     seconds: tuple[int | None, ...]
     spares: tuple[int, ...] = ()
+    loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.members) == len(self.seconds) == self.layout.world, self
         assert len({*self.members, *self.spares}) == len(self.roster), self
+        assert not self.loads or (len(self.loads) == self.layout.dp and min(self.loads) > 0), self
 
     @property
     def roster(self) -> tuple[int, ...]:
@@ -61,10 +64,12 @@ class Seating:
             "members": list(self.members),
             "seconds": list(self.seconds),
             "spares": list(self.spares),
+            "loads": list(self.loads),
         }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Seating:
         given = document["layout"]
         layout = Layout(**{**given, "stage_layers": tuple(given.get("stage_layers", ()))})
-        return cls(layout, tuple(document["members"]), tuple(document["seconds"]), tuple(document["spares"]))
+        members, seconds, spares = (tuple(document[name]) for name in ("members", "seconds", "spares"))
+        return cls(layout, members, seconds, spares, tuple(document.get("loads", ())))

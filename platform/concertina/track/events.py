@@ -76,6 +76,9 @@ class EventType(StrEnum):
     NOTICE = "notice"
     """What a cloud or Ray says of a node's end: node, source, left_s (None: it is taken back), text, is_hint
     (`elastic.notices.NoticeNews`)."""
+    STRAGGLER = "straggler"
+    """A member is slower than its like, or what was done about it has been measured: member, factor, step_s, remedy
+    (replace, rebalance, evict, or empty), expected_s, measured_s (`elastic.stragglers.StragglerNews`)."""
     MEMBER = "member"
     """One process of the run: member, node, pid, what (born, ready, lost, left, spare), reason."""
 

@@ -341,9 +341,10 @@ class Engine:
 
     def _micro_batches(self, count: int, whole: int = 1) -> list[list[list[int]]]:
         """The sequences of every rank of dp, by number among `count`, in equally many pieces on every rank: peers of an
-        exchange must come along. No piece parts `whole` consecutive ones."""
-        shares = [share(range(count), self.layout.dp, index, whole) for index in range(self.layout.dp)]
-        largest = len(shares[0])
+        exchange must come along. No piece parts `whole` consecutive ones. Who is slower may have fewer."""
+        parts, loads = self.layout.dp, self.share.seating.loads
+        shares = [share(range(count), parts, index, whole, loads) for index in range(parts)]
+        largest = max(map(len, shares))
         micro_batch_size = self.job.training.micro_batch_size or (largest if self.job.layout.pp == 1 else whole)
         count = math.ceil(largest / micro_batch_size)
         return [[share(ids, count, piece, whole) for ids in shares] for piece in range(count)]

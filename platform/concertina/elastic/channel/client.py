@@ -84,6 +84,7 @@ class ChannelClient:
         self._hear: Callable[[dict[str, Any]], None] = lambda document: None
         self._outbox = Outbox(member)
         self._progress = (0, "", time.monotonic())
+        self._pace = (0, 0.0)
         self._heard_s = time.monotonic()
         self._server, self._last_control = "", 0
         self._closing = self._moved = self._connected = False
@@ -128,6 +129,10 @@ class ChannelClient:
     def progress(self, step: int, phase: str) -> None:
         """What the training thread does from now on; rides on the heartbeats."""
         self._progress = (step, phase, time.monotonic())
+
+    def paced(self, step: int, busy_s: float) -> None:
+        """So many seconds of computing had gone into all steps when this one was done; rides on the heartbeats."""
+        self._pace = (step, busy_s)
 
     def move_to(self, address: tuple[str, int]) -> None:
         """The coordinator listens here now."""
@@ -238,9 +243,10 @@ class ChannelClient:
             connection.receive()
 
     def _beat(self) -> bytes:
-        step, phase, since_s = self._progress
+        (step, phase, since_s), (done, busy_s) = self._progress, self._pace
         age_s = round(time.monotonic() - since_s, 3)
-        return to_line({"beat": {"step": step, "phase": phase, "age_s": age_s, "heard": self._last_control}})
+        beat = {"step": step, "phase": phase, "age_s": age_s, "heard": self._last_control}
+        return to_line({"beat": {**beat, "done": done, "busy_s": round(busy_s, 6)}})
 
     def _handle(self, document: dict[str, Any]) -> None:
         self._heard_s = time.monotonic()

@@ -45,12 +45,15 @@ _BUSY_ONLY_SHORT = "step"  # in every other phase a member may hold the interpre
 
 @dataclass(frozen=True)
 class Silence:
-    """A member not heard for `seconds`. When it was, it was in this step and phase, since `progress_age_s`."""
+    """A member not heard for `seconds`. When it was, it was in this step and phase, since `progress_age_s`; `busy_s` of
+    computing had gone into all its steps up to `done`."""
 
     seconds: float
     step: int
     phase: str
     progress_age_s: float
+    done: int = 0
+    busy_s: float = 0.0
 
     @property
     def suspicious(self) -> bool:
@@ -79,6 +82,8 @@ class _Peer:
     step: int = 0
     phase: str = ""
     progress_age_s: float = 0.0
+    done: int = 0
+    busy_s: float = 0.0
 
 
 class ChannelServer:
@@ -150,7 +155,14 @@ class ChannelServer:
         """For every connected member how long it has been silent, up to when this server last listened to all: while
         its thread is held up, nobody's silence grows."""
         return {
-            member: Silence(max(0.0, self._round_s - peer.heard_s), peer.step, peer.phase, peer.progress_age_s)
+            member: Silence(
+                seconds=max(0.0, self._round_s - peer.heard_s),
+                step=peer.step,
+                phase=peer.phase,
+                progress_age_s=peer.progress_age_s,
+                done=peer.done,
+                busy_s=peer.busy_s,
+            )
             for member, peer in list(self._peers.items())
         }
 
@@ -295,12 +307,20 @@ class ChannelServer:
             case {"seq": int(number), "say": dict(said)}:
                 self._take(hello, number, said)
             case {
-                "beat": {"step": int(step), "phase": str(phase), "age_s": int() | float() as age_s, "heard": int(heard)}
+                "beat": {
+                    "step": int(step),
+                    "phase": str(phase),
+                    "age_s": int() | float() as age_s,
+                    "heard": int(heard),
+                    "done": int(done),
+                    "busy_s": int() | float() as busy_s,
+                }
             }:
                 if peer.beaten_s is not None:
                     self.gaps.add(hello.member, peer.phase == _BUSY_ONLY_SHORT, peer.heard_s - peer.beaten_s)
                 peer.beaten_s = peer.heard_s
                 peer.step, peer.phase, peer.progress_age_s = step, phase, age_s
+                peer.done, peer.busy_s = done, busy_s
                 self._forget_controls(hello.member, heard)
             case {"bye": True}:
                 self._close(peer)

@@ -4,7 +4,8 @@ One JSON object a line. The server speaks first:
     server  {"nonce", "server"}                    server: the name of this server's life
     client  {"hello": {...}, "nonce", "mac"}       mac over both nonces and the hello
     server  {"acked", "mac"}                       or {"expelled": true, "mac"}, mac over both nonces and that
-Then the client sends {"seq", "say"} (a message), {"beat": {"step", "phase", "age_s", "heard"}} and {"bye"}; the server
+Then the client sends {"seq", "say"} (a message), {"beat": {"step", "phase", "age_s", "heard", "done", "busy_s"}} and
+{"bye"}; the server
 {"ack": seq, "recorded": step} (after messages, and once a second when there are only beats), {"number", "tell"} (an
 order) and {"expelled": true}.
 The token itself never travels. The channel proves who speaks; it hides nothing.

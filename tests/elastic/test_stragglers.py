@@ -1,0 +1,118 @@
+"""Is who is slow found soon, who is not left alone, and is what is done about it worth it? (`Paces`, `remedies`)"""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from concertina.elastic.stragglers import Kind, Pace, Paces, Straggler, loads_of, remedies
+from concertina.layout import Layout, Seating
+
+pytestmark = pytest.mark.unit
+
+
+def seated(layout: Layout, loads: tuple[int, ...] = (), spares: tuple[int, ...] = ()) -> Seating:
+    members = tuple(10 + rank for rank in range(layout.world))
+    return Seating(layout, members, (None,) * layout.world, spares, loads)
+
+
+def found_after(
+    seating: Seating, slowness: dict[int, float], steps: int, *, step_s: float = 0.25, noise: float = 0.0, seed: int = 7
+) -> tuple[int | None, list[Straggler]]:
+    """Steps until somebody is found, and who; beats come after every step. A stage's work is its number and one."""
+    paces, chance = Paces(seating), Random(seed)
+    busy = dict.fromkeys(seating.members, 0.0)
+    at_s = 0.0
+    for step in range(1, steps + 1):
+        spent = {}
+        for rank, member in enumerate(seating.members):
+            position = seating.layout.coordinate(rank, "dp")  # type: ignore[arg-type]
+            load = seating.loads[position] * len(seating.loads) / sum(seating.loads) if seating.loads else 1.0
+            stage = 1 + seating.layout.coordinate(rank, "pp")  # type: ignore[arg-type]
+            spent[member] = step_s * stage * load * slowness.get(member, 1.0) * chance.uniform(1, 1 + noise)
+        at_s += max(spent.values())
+        for member, seconds in spent.items():
+            busy[member] += seconds
+            paces.hear(member, Pace(step, busy[member], at_s))
+        if stragglers := paces.stragglers():
+            return step, stragglers
+    return None, []
+
+
+@pytest.mark.parametrize("factor", [1.3, 3.0])
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4), Layout(8, tp=2), Layout(8, pp=2)], ids=str)
+def test_who_is_slow_is_found_within_twenty_steps(layout: Layout, factor: float) -> None:
+    seating = seated(layout)
+    slow = seating.members[-1]
+    step, stragglers = found_after(seating, {slow: factor}, 20, noise=0.02)
+    assert step is not None
+    assert step <= 20
+    assert [straggler.member for straggler in stragglers] == [slow]
+    assert stragglers[0].factor == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.3, 1.0])
+def test_nobody_is_found_where_all_are_alike(noise: float) -> None:
+    """Ten thousand steps of eight members, each up to twice as long as another."""
+    for seed in range(5):
+        assert found_after(seated(Layout(8)), {}, 2000, noise=noise, seed=seed) == (None, [])
+
+
+def test_one_hiccup_is_none() -> None:
+    paces = Paces(seated(Layout(4)))
+    for step in range(1, 60):
+        for member in range(10, 14):
+            hiccup = 5.0 if member == 12 and step >= 20 else 0.0
+            paces.hear(member, Pace(step, step * 0.25 + hiccup, step * 0.25))
+            assert paces.stragglers() == []
+
+
+def test_stages_are_compared_with_themselves_and_loads_are_taken_into_account() -> None:
+    assert found_after(seated(Layout(4, pp=4)), {}, 200) == (None, []), "each alone in its stage"
+    assert found_after(seated(Layout(3), loads=(1000, 333, 1000)), {}, 200) == (None, [])
+    assert found_after(seated(Layout(3), loads=(1000, 333, 1000)), {11: 3.0}, 200)[1][0].member == 11
+
+
+def test_a_member_that_begins_anew_is_heard_anew() -> None:
+    paces = Paces(seated(Layout(2)))
+    paces.hear(10, Pace(500, 100.0, 0.0))
+    for step in range(1, 40):
+        for member in (10, 11):
+            paces.hear(member, Pace(step, step * 0.25, step * 0.25))
+    assert paces.are_known
+    assert paces.stragglers() == []
+
+
+def test_loads_are_in_inverse_proportion_to_the_slowest_of_a_position() -> None:
+    assert loads_of(Layout(4), (10, 11, 12, 13), {}) == ()
+    assert loads_of(Layout(4), (10, 11, 12, 13), {12: 3.0}) == (1000, 1000, 333, 1000)
+    assert loads_of(Layout(4, tp=2), (10, 11, 12, 13), {11: 2.0, 10: 1.5}) == (500, 1000)
+
+
+@pytest.mark.parametrize(
+    ("factor", "sequences", "spares", "best", "step_s"),
+    [
+        (1.3, 64, (), Kind.REBALANCE, 1.0 * 17 / (1.3 * 16)),  # 17 + 17 + 17 + 13
+        (3.0, 64, (), Kind.REBALANCE, 20 / 48),  # 19 + 19 + 19 + 7: the slow one takes 21
+        (3.0, 64, (20,), Kind.REPLACE, 1 / 3),
+        (1.3, 4, (), None, 0.0),  # one sequence each: nothing can be dealt out otherwise
+        (3.0, 4, (), Kind.EVICT, 4 / 9),
+    ],
+)
+def test_the_best_remedy(
+    factor: float, sequences: int, spares: tuple[int, ...], best: Kind | None, step_s: float
+) -> None:
+    seating = seated(Layout(4), spares=spares)
+    found = remedies(Straggler(12, factor, 1.0), seating, {12: factor}, sequences, 3)
+    if best is None:
+        assert found == []
+        return
+    assert found[0].kind is best
+    assert found[0].step_s == pytest.approx(step_s, rel=0.08)
+
+
+def test_nothing_is_done_that_is_not_worth_it() -> None:
+    """Who already has so much less to do that the world does not wait for it any more."""
+    seating = seated(Layout(4), loads=(1000, 1000, 333, 1000))
+    assert remedies(Straggler(12, 3.0, 1.0), seating, {12: 3.0}, 64, 3) == []
