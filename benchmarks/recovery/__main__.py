@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recovery.links import CUT_OFF, SLOW_LINK
 from benchmarks.recovery.notices import NOTICE, TAKEN_BACK
 from benchmarks.recovery.ray_train import ROOT
 from benchmarks.results import Row, refuse_dirty_tree, show, write_result
@@ -22,7 +23,7 @@ from concertina.errors import ConcertinaError, UserError
 __all__ = ["main", "rows_of"]
 
 GOALS_S = {"process killed": 0.4, "node killed": 0.7, "process frozen": None, "node frozen": 2.4, "join": 0.3}
-GOALS_S |= {NOTICE: 0.3}
+GOALS_S |= {NOTICE: 0.3, CUT_OFF: 2.4}
 """A frozen process has none: its node's agent tells of it early. Of a frozen node the silence tells, after 2 s."""
 OWN = {"detected_s": "until detected", "halt_s": "halt", "prepare_s": "prepare", "move_s": "move"}
 COMERS = {"process": "a process replaced, until used", "node": "a node arrived, until used"}
@@ -41,6 +42,25 @@ def _run(program: str, *words: str) -> dict[str, Any]:
     if done.returncode:
         raise UserError(f"{program} ended with {done.returncode}")
     return dict(json.loads(done.stdout))
+
+
+def _half(program: str, only: str | None) -> list[str]:
+    """The words that choose it."""
+    return [] if only is None or program == "torchft" else ["--only", only]
+
+
+def _own(events: int, only: str | None) -> dict[str, Any]:
+    """On one cluster, and on the lab's hosts."""
+    own = _run("concertina", "--events", str(events), *_half("concertina", only))
+    if only != "faults":
+        lab = _run("links", "--events", str(events))
+        own |= {
+            "samples": own["samples"] + lab["samples"],
+            "planned": own["planned"] + lab["planned"],
+            "broken_off": own["broken_off"] or lab["broken_off"],
+            "lab": lab["trainer"],
+        }
+    return own
 
 
 def _values(document: dict[str, Any], kind: str, name: str) -> list[float]:
@@ -67,6 +87,11 @@ def rows_of(own: dict[str, Any], ray: dict[str, Any] | None, torchft: dict[str, 
         rows.append(
             Row.of(f"{TAKEN_BACK}, longest step over a normal one", "steps", longer, goal, at_most=True, reason=WHY)
         )
+    slower = _values(own, SLOW_LINK, "step_ratio")
+    if slower:
+        rows.append(Row.of(f"{SLOW_LINK}, a step beside one at full speed", "x", slower))
+        lost = _values(own, SLOW_LINK, "members_lost")
+        rows.append(Row.of(f"{SLOW_LINK}, members lost", "members", lost, 0.0, at_most=True, reason=WHY))
     rows += [*_kept_rows(own), *_cold_rows(own), *_own_rows(own)]
     peers = ((ray, "Ray Train", RATIOS), (torchft, "torchft", {"process killed": TORCHFT_RATIO}))
     for other, name, goals in peers:
@@ -133,15 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--events", type=int, default=20, help="of each kind, Concertina's (default 20)")
     parser.add_argument("--peer-events", type=int, default=3, help="of each kind, Ray Train's; torchft's are thrice")
+    parser.add_argument("--only", choices=["faults", "notices"], help="faults of old; or notices, and links in the lab")
     parser.add_argument("--without", nargs="*", choices=["ray_train", "torchft"], default=[])
     parser.add_argument("--allow-dirty", action="store_true")
     options = parser.parse_args(arguments)
     try:
         measured = refuse_dirty_tree(options.allow_dirty)
-        own = _run("concertina", "--events", str(options.events))
+        own = _own(options.events, options.only)
         peers = {"ray_train": options.peer_events, "torchft": 3 * options.peer_events}
+        wanted = {"ray_train"} if options.only == "notices" else set(peers)
         found = {
-            name: _run(name, "--events", str(events)) for name, events in peers.items() if name not in options.without
+            name: _run(name, "--events", str(peers[name]), *_half(name, options.only))
+            for name in sorted(wanted.difference(options.without))
         }
         rows = rows_of(own, found.get("ray_train"), found.get("torchft"))
     except UserError as error:

@@ -39,6 +39,7 @@ __all__ = ["main", "measure"]
 
 LAYOUTS = {"data-parallel": {}, "folded": {"ep": 2}}
 KINDS = ("process killed", "node killed", "process frozen", "node frozen", NOTICE, TAKEN_BACK)
+HALVES = {"faults": KINDS[:4], "notices": KINDS[4:]}
 NODE_KINDS = ("node killed", "node frozen", NOTICE)
 
 
@@ -51,8 +52,11 @@ class Run:
         job = self._job(folder, layout)
         with self._log.open("wb") as log:
             command = [sys.executable, "-m", "jobs.cli", "train", str(job), "--address", address]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+            self._process = self._start(command, log)
         self._clocks_s = time.time() - time.monotonic()
+
+    def _start(self, command: list[str], log: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
     def _job(self, folder: Path, layout: dict[str, int]) -> Path:
         text = folder / "text"
@@ -223,13 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery.concertina", description=__doc__)
     parser.add_argument("--events", type=int, default=20, help="of each kind (default 20)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--only", choices=list(HALVES), help="one half of the kinds")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="data-parallel")
     parser.add_argument("--bound", type=float, default=120.0, help="seconds an event may take at most (default 120)")
     parser.add_argument("--keep", type=Path, help="folder for the run and the driver's log")
     options = parser.parse_args(arguments)
     own_all()
     try:
-        found = measure(options.events, options.kinds, options.layout, options.bound, options.keep)
+        kinds = HALVES.get(options.only, options.kinds)
+        found = measure(options.events, kinds, options.layout, options.bound, options.keep)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -133,8 +133,10 @@ class Driver:
         self._process.wait(10)
 
 
-def measure(rounds: int, settings: Settings, bound_s: float, keep: Path | None) -> list[dict[str, Any]]:
-    """Three samples a round."""
+def measure(
+    rounds: int, settings: Settings, bound_s: float, keep: Path | None, faulty: bool = True, noticed: bool = True
+) -> list[dict[str, Any]]:
+    """Three samples a round, and one of a notice."""
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="recovery-ray-") as name:
         folder = keep or Path(name)
@@ -147,7 +149,8 @@ def measure(rounds: int, settings: Settings, bound_s: float, keep: Path | None) 
             watch = Watch(folder, bound_s, driver.check)
             watch.settle(MOST)
             for number in range(rounds):
-                samples += _round(watch, nodes, number)
+                samples += _round(watch, nodes, number) if faulty else []
+                samples += [_notice(watch, nodes, number)] if noticed else []
             driver.stop()
             nodes.shutdown()
         finally:
@@ -165,7 +168,7 @@ def _round(watch: Watch, nodes: Nodes, number: int) -> list[dict[str, Any]]:
     watch.settle(MOST - 1)
     joined = watch.outage(nodes.add())
     watch.settle(MOST)
-    return [killed, gone, joined, _notice(watch, nodes, number)]
+    return [killed, gone, joined]
 
 
 def _notice(watch: Watch, nodes: Nodes, number: int) -> dict[str, Any]:
@@ -196,12 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", type=int, default=3, help="of each kind (default 3)")
     parser.add_argument("--profile", choices=list(PROFILES), default="tuned", help="Ray's dials (default tuned)")
     parser.add_argument("--bound", type=float, default=180.0, help="seconds an event may take at most (default 180)")
+    parser.add_argument("--only", choices=["faults", "notices"], help="one half of the kinds")
     parser.add_argument("--keep", type=Path, help="folder for step logs, checkpoints and the driver's log")
     options = parser.parse_args(arguments)
     own_all()
     settings = PROFILES[options.profile]
     try:
-        samples = measure(options.events, settings, options.bound, options.keep)
+        halves = options.only != "notices", options.only != "faults"
+        samples = measure(options.events, settings, options.bound, options.keep, *halves)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

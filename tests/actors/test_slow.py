@@ -1,4 +1,4 @@
-"""A member of a run computes three times slower than the others: is it found, and does less to do make steps shorter?"""
+"""A member computes three times slower than the others: is it found, and does less to do make steps shorter?"""
 
 from __future__ import annotations
 
