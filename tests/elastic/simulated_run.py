@@ -7,8 +7,8 @@ an observer who sees everything and says what must hold. Whoever drives it picks
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
@@ -26,12 +26,18 @@ LEAST = 2
 Action = Callable[[], None]
 
 
-def seats(present: dict[int, str], old: Seating | None, least: int = LEAST) -> Seating:
-    """As the run's policy does. With fewer than `least` members there is none."""
-    worlds = [world for world in WORLDS if least <= world <= len(present)]
+def seats(
+    present: dict[int, str], old: Seating | None, least: int = LEAST, leaving: Collection[int] = frozenset()
+) -> Seating:
+    """As the run's policy does. With fewer than `least` members there is none. Who is `leaving` is a spare, unless too
+    few would be left."""
+    staying = {member: node for member, node in present.items() if member not in leaving}
+    staying = staying if len(staying) >= least else present
+    worlds = [world for world in WORLDS if least <= world <= len(staying)]
     if not worlds:
         raise CapacityError(f"{len(present)} members are there")
-    return take_seats(Layout(worlds[-1]), present, old)
+    found = take_seats(Layout(worlds[-1]), staying, old)
+    return replace(found, spares=(*found.spares, *sorted(present.keys() - staying.keys())))
 
 
 @dataclass
@@ -54,7 +60,9 @@ class Run:
         least: int = LEAST,
         seat: Callable[[dict[int, str], Seating | None], Seating] | None = None,
     ) -> None:
-        self.kind, self.least, self.seat = kind, least, seat or partial(seats, least=least)
+        self.leaving: set[int] = set()  # changed in place
+        self.kind, self.least = kind, least
+        self.seat = seat or partial(seats, least=least, leaving=self.leaving)
         self.generations = kind(self.seat)
         self.members: dict[int, Member] = {}
         self.channels: dict[int, Channel] = {}
@@ -162,6 +170,20 @@ class Run:
     def plan(self) -> None:
         if self.generations.is_settled:
             self._do(self.generations.begin(planned=True))
+
+    def warn(self, member: int) -> None:
+        """Its node will go: it leaves with the next change."""
+        self.leaving.add(member)
+
+    def take_back(self) -> None:
+        """They all stay."""
+        self.leaving.clear()
+
+    def dismiss(self) -> None:
+        """Who has left ends."""
+        seating = self.generations.seating
+        if self.generations.is_settled and seating is not None:
+            self.lose(*self.leaving.intersection(seating.spares))
 
     def lose(self, *members: int) -> None:
         """The coordinator holds them for lost, truly or not: it hears and tells them no more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from collections.abc import Mapping
 from random import Random
 
 import pytest
@@ -74,6 +75,19 @@ class Faults(RuleBasedStateMachine):
     def plan(self) -> None:
         self.run.plan()
 
+    @precondition(lambda self: self.run.generations.present)
+    @rule(pick=st.integers(0, 9))
+    def warn(self, pick: int) -> None:
+        self.run.warn(self._someone(pick))
+
+    @rule()
+    def take_back(self) -> None:
+        self.run.take_back()
+
+    @rule()
+    def dismiss(self) -> None:
+        self.run.dismiss()
+
     @precondition(lambda self: self.run.breakable())
     @rule(pick=st.integers(0, 9))
     def fail_network(self, pick: int) -> None:
@@ -98,6 +112,8 @@ class TestFaults(Faults.TestCase):  # type: ignore[name-defined,misc]
 
 
 FAULTS = {"die": 3, "lose": 2, "freeze": 2, "thaw": 3, "join": 3, "plan": 3, "restart": 1, "network": 1, "notice": 12}
+WITH_NOTICES = {"warn": 3, "take back": 1, "dismiss": 2, **FAULTS}
+"""Apart: what is found by a seed below stays found by it."""
 
 
 def befall(run: Run, fault: str, chance: Random) -> None:
@@ -116,6 +132,12 @@ def befall(run: Run, fault: str, chance: Random) -> None:
             run.join()
         case "plan":
             run.plan()
+        case "warn" if living:
+            run.warn(chance.choice(living))
+        case "take back":
+            run.take_back()
+        case "dismiss":
+            run.dismiss()
         case "restart":
             run.restart()
         case "network" if run.breakable():
@@ -124,17 +146,23 @@ def befall(run: Run, fault: str, chance: Random) -> None:
             run.lose(chance.choice(run.lost))
 
 
-def live(seed: int, kind: type[Generations] = Generations, length: int = 400, least: int = LEAST) -> Run:
+def live(
+    seed: int,
+    kind: type[Generations] = Generations,
+    length: int = 400,
+    least: int = LEAST,
+    faults: Mapping[str, int] = FAULTS,
+) -> Run:
     """One run: faults seldom or often, mostly several close together, then peace."""
     chance = Random(seed)
     run = Run(kind, chance.choice([2, 3, 4, 5]), least)
-    weights = [weight * chance.choice([0, 1, 1, 3]) for weight in FAULTS.values()]
-    weights[-1] = FAULTS["notice"]
+    weights = [weight * chance.choice([0, 1, 1, 3]) for weight in faults.values()]
+    weights[-1] = faults["notice"]
     rate, burst = chance.choice([0.003, 0.01, 0.03]), 0
     for _ in range(length):
         burst -= 1
         if chance.random() < max(rate * (8 if run.lost else 1), 0.04 if burst > 0 else 0.0):
-            befall(run, chance.choices(list(FAULTS), weights)[0], chance)
+            befall(run, chance.choices(list(faults), weights)[0], chance)
             burst = chance.choice([0, 40, 120])
         elif actions := run.possible_actions():
             chance.choice(actions)()
@@ -155,6 +183,32 @@ def test_no_seed_breaks_a_run_that_waits_with_all_it_has() -> None:
     assert sum(run.kept for run in runs) > 10, "they wrote no checkpoints while they were too few"
 
 
+def test_no_seed_breaks_a_run_whose_nodes_are_taken_back() -> None:
+    runs = [live(seed, faults=WITH_NOTICES) for seed in range(100)]
+    assert sum(len(run.committed) for run in runs) > 600, "they hardly trained"
+    assert sum(bool(run.leaving) for run in runs) > 10, "nobody was to leave"
+
+
+@pytest.mark.parametrize("leaving", [{0, 1}, {1, 2}, {0, 1, 2}, {0, 3}, {1, 2, 3}], ids=str)
+def test_who_leaves_hands_over_all_it_has_however_many_go_together(leaving: set[int]) -> None:
+    """Both owners of anything among them: nothing is restored, no step is void."""
+    run = Run(members=4, least=1)
+    run.settle()
+    for member in leaving:
+        run.warn(member)
+    run.plan()
+    run.settle()
+    seating = run.generations.seating
+    assert seating is not None
+    assert leaving.isdisjoint(seating.members)
+    run.dismiss()
+    run.settle()
+    assert run.generations.present.keys() == {0, 1, 2, 3} - leaving
+    assert run.restored == 0
+    chains = {run.members[member].chain for member in seating.members}
+    assert all(chain[: len(run.committed)] == run.committed for chain in chains)
+
+
 def test_a_spare_may_be_the_only_one_that_knows_of_a_generation() -> None:
     live(5934, length=600)
 
@@ -169,6 +223,7 @@ def test_who_fails_in_a_generation_is_heard_however_long_ago_it_was_last_asked()
 def test_no_seed_of_many_breaks_a_run(part: int) -> None:
     for seed in range(1000 + 2500 * part, 3500 + 2500 * part):
         live(seed, length=600)
+        live(seed, length=600, faults=WITH_NOTICES)
 
 
 MUTATIONS = {
