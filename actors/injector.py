@@ -155,6 +155,10 @@ class Injector:
             return False
 
     def _has_burnt(self, injection: Injection, victim: Victim | None, end: Any) -> bool:
+        if injection.deed is Deed.CORRUPT and victim is not None and victim.member is not None:
+            actor = self._actor(member_name(self._session, victim.member))
+            time.sleep(_FUSE_POLL_S)
+            return self._ask(actor.has_fuse.remote()) is not True  # it goes for it, or nobody looks
         if injection.deed is Deed.FREEZE and victim is not None:
             time.sleep(_FUSE_POLL_S)
             return self._ask(self._agent(victim.node).stopped.remote([victim.pid])) == [victim.pid]
@@ -254,6 +258,7 @@ class Injector:
 
     def _say(self, injection: Injection, victim: Victim, done: str = "") -> None:
         past = {Deed.KILL: "killed", Deed.FREEZE: "froze", Deed.THAW: "thawed", Deed.FLAP: "killed"}
+        past[Deed.CORRUPT] = "flipped a bit of"
         past[Deed.SLOW] = f"made {injection.factor:g} times slower"
         self.look_quietly()
         what = f"{victim} {done}" if done else f"{past[injection.deed]} {victim}"

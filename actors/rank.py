@@ -69,14 +69,19 @@ class Rank:
         return self._trainer.at_work_in
 
     def lay_fuse(self, deed: Deed | None, kind: Kind = Kind.MEMBER, step: int | None = None, phase: str = "") -> bool:
-        """Break this process, or its whole node, on purpose: when it comes to a step or a phase. No deed: not after
-        all. Whether a fuse lay there before, and has not burnt."""
+        """Break this process, its memory, or its whole node, on purpose, when it comes to a step or a phase. No deed:
+        not after all. Whether a fuse lay there before, and has not burnt."""
         lay = self._link.fuse is not None
         self._link.fuse = None
         if deed is not None:
             strike = end_node if kind is Kind.NODE else lambda: strike_self(deed)
+            strike = self._trainer.corrupt if deed is Deed.CORRUPT else strike
             self._link.fuse = Fuse(step, phase or None, strike)
         return lay
+
+    def has_fuse(self) -> bool:
+        """Whether one lies there that has not burnt."""
+        return self._link.fuse is not None
 
     # -- the guard's thread -----------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ from concertina.model.host_memory import take_ahead
 from concertina.parallel.failures import in_one_line, is_communication_failure, is_hardware_failure
 from concertina.parallel.groups import GroupOptions
 from concertina.planner.memory import rank_bytes
+from concertina.train.corruption import SilentCorruption, corrupt
 from concertina.train.loop import Loop, Overtaken
 from concertina.train.standalone import build_engine
 
@@ -123,6 +124,11 @@ class Trainer:
                 preparation.fence()
 
     # -- the training thread ------------------------------------------------------------------------------------------
+
+    def corrupt(self) -> None:
+        """On purpose: one bit of a weight flips. In the training thread, between two steps."""
+        self.engine.settle()
+        corrupt(self.engine.share)
 
     def _obey(self) -> None:
         while True:
@@ -300,7 +306,8 @@ class Trainer:
     def _break(self, move: Move | Keep, error: Exception) -> None:
         """The generation is over for this member: by its own fault, or because the network or a newer one says so."""
         overtaken = self._halted_by > move.generation
-        if overtaken or isinstance(error, (Overtaken, NotPrepared)) or is_communication_failure(error):
+        others = isinstance(error, SilentCorruption) and error.known and not error.mine
+        if overtaken or others or isinstance(error, (Overtaken, NotPrepared)) or is_communication_failure(error):
             text = in_one_line(error)
             log.info("generation %d ends: %s", move.generation, text)
             self._stop_the_clock(Bucket.RECONFIGURATION if overtaken else Bucket.DETECTION)
@@ -314,7 +321,7 @@ class Trainer:
             message=in_one_line(error),
             traceback="".join(traceback.format_exception(error)),
             exit_code=error.exit_code if isinstance(error, ConcertinaError) else 1,
-            hardware=is_hardware_failure(error),
+            hardware=is_hardware_failure(error) or (isinstance(error, SilentCorruption) and error.mine),
         )
         self._last_word = encode(report)
         self.link.send(report)

@@ -20,7 +20,7 @@ __all__ = ["chaos"]
 
 def chaos(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Its id, the beginning of it, its folder, or latest.")],
-    deed: Annotated[str, typer.Argument(metavar="DEED", help="kill, freeze, thaw, slow, join, flap, notice, cancel.")],
+    deed: Annotated[str, typer.Argument(metavar="DEED", help="kill, freeze, slow, corrupt ...: see above.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Whoever has this rank then.")] = None,
     member: Annotated[int | None, typer.Option(min=0, help="This process of the run.")] = None,
     node: Annotated[int | None, typer.Option(min=0, help="This Ray node and all on it; the head is 0.")] = None,
@@ -44,9 +44,9 @@ def chaos(
     \b
     Phases of a member: step, validation, checkpoint, halted, preparing, prepared, moving, verified, adopted;
     of the run: forming, training, recovering, checkpointing.
-    join starts one more Ray node of a local cluster; flap kills and brings back, again and again; slow stops a process
-    for a part of every tenth of a second. notice has a fake metadata service tell a node that it is taken back, and
-    ends it then; cancel takes the notice back.
+    DEED is kill, freeze, thaw, slow (a process stands still for a part of every tenth of a second), corrupt (a bit of a
+    weight in its memory flips), join (one more Ray node of a local cluster), flap (killed and brought back, again and
+    again), notice (a fake metadata service tells a node that it is taken back, and then it is) or cancel (it stays).
 
     \b
     Example:

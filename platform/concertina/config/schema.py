@@ -357,6 +357,10 @@ class ElasticConfig(Section):
     """
     notice_endpoint: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = None
     """Where it answers, such as http://10.0.0.1:8080; absent: where the cloud has it."""
+    verify_every_steps: NonNegative = 0
+    """Steps between two looks at whether copies that must be equal are: weights of replicas, optimizer shards of both
+    owners. A rank whose weights are wrong goes, and the step is not applied; with 1 no wrong one ever is. It costs a
+    pass over this rank's weights and state; 0: never."""
     stragglers: Literal["report", "act", "ignore"] = "report"
     """Members that compute slower than their like by a fifth or more. report: says so; act: a spare replaces one, or it
     gets fewer sequences, or the others go on without it, whichever makes steps shorter, which is measured."""

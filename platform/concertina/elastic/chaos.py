@@ -50,6 +50,8 @@ class Deed(StrEnum):
     """Killed and brought back, again and again."""
     SLOW = "slow"
     """It stands still for a part of every tenth of a second, so that it takes `factor` times as long, for `for_s`."""
+    CORRUPT = "corrupt"
+    """One bit of a weight that it holds as others do flips in its memory."""
     NOTICE = "notice"
     """A node is told that it will be taken back, and it is, `lead_s` later."""
     CANCEL = "cancel"
@@ -221,6 +223,8 @@ def _refuse(line: str, injection: Injection) -> None:
         problem = f"a {deed.value} is of a node: node=N"
     elif deed is Deed.SLOW and (kind not in (Kind.RANK, Kind.MEMBER) or injection.factor <= 1):
         problem = "a rank or a member is made slow, by a factor of more than 1"
+    elif deed is Deed.CORRUPT and (kind not in (Kind.RANK, Kind.MEMBER) or injection.step is None):
+        problem = "the memory of a rank or a member is corrupted, when a step begins: step=N"
     elif injection.cloud not in _CLOUDS:
         problem = f"cloud is one of {', '.join(_CLOUDS)}"
     elif deed is not Deed.JOIN and kind is None:

@@ -34,6 +34,7 @@ from concertina.state.checkpoint import load_boxes
 from concertina.state.manifest import read_manifest
 from concertina.state.transfer import TransferReport, transfer
 from concertina.train.anomaly import Anomaly, AnomalyWatch
+from concertina.train.corruption import SilentCorruption, find_corruption
 from concertina.train.learning_rate import learning_rate
 from concertina.train.optimizer import ShardedAdamW
 from concertina.train.pipeline import Backward, MicroBatch, run
@@ -233,7 +234,8 @@ class Engine:
         the state moves to another share next.
 
         When a peer is lost it raises what the backend does; then `pending` says whether `complete` can still finish the
-        step, `applied` whether it is done.
+        step, `applied` whether it is done. Raises SilentCorruption on every rank when copies differ that must not:
+        then nobody applies the step.
         """
         self._gradients = None
         self._send_weights_due()
@@ -244,6 +246,7 @@ class Engine:
         head = torch.stack([self.optimizer.local_sum_of_squares(shards), *sums[:5]])
         votes = head.new_tensor([float(self.applied == step - 1), float(word if self.rank == 0 else 0)])
         seconds.finish()
+        self._look_for_corruption(step)
         # Taking part in the all-reduce says: whatever its result is, this rank can finish the step with it.
         self._gradients = step, shards
         result = self.complete(self._agree(torch.cat([head, votes, sums[5:]])))
@@ -252,6 +255,12 @@ class Engine:
             if not result.word & parting:
                 self._send_weights_due()
         return result
+
+    def _look_for_corruption(self, step: int) -> None:
+        """At the steps at which all look."""
+        every = self.job.elastic.verify_every_steps
+        if every and step % every == 0 and self.layout.world > 1 and (found := find_corruption(self.share)):
+            raise SilentCorruption.of(found, step, self.rank)
 
     def _agree(self, vector: Tensor) -> list[float]:
         """The one all-reduce of a step."""

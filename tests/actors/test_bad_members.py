@@ -1,4 +1,4 @@
-"""A member computes three times slower than the others: is it found, and does less to do make steps shorter?"""
+"""A member computes three times slower than the others, or wrong: is it found, and what does the run do about it?"""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ def ground() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def reference(ground: Path) -> Reference:
     return trained_alone(ground)
+
+
+def test_a_bit_that_flips_costs_its_rank_and_no_step(
+    start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
+) -> None:
+    """One low bit of one weight, which no loss would show: the step that it was used in is applied by nobody."""
+    words = ("--set", ENDLESS, "--set", "training.eval_every_steps=100000", "--set", "elastic.verify_every_steps=1")
+    stage = Stage(start(*words, *NO_CHECKPOINT, "--set", "cluster.num_workers=3"), cluster)
+    member = stage.seating().members[1]
+    step = list(stage.drive.steps())[-1] + 3
+    stage.do(f"corrupt rank=1 step={step}")
+    stage.settles(0)
+    assert stage.drive.lost()[member].startswith("hardware: silent corruption, seen before step")
+    assert "weights of rank 1 are not those of its replicas" in stage.drive.lost()[member]
+    (first, *_) = stage.drive.recoveries()
+    assert (first.cause.reason, first.world_after) == ("hardware", 2)
+    assert stage.drive.events(EventType.ROLLBACK) == []
+    stage.ends_well(reference, nothing_left)
 
 
 def test_who_is_slow_gets_fewer_sequences(
