@@ -30,6 +30,7 @@ from infra.draining import drain_node
 from infra.fake_metadata import FakeMetadata
 from infra.metadata import find_sources
 from infra.oom_kills import OomKills
+from infra.probe import Targets, unreached
 from infra.processes import is_alive, start_time
 
 __all__ = ["NodeAgent", "Wards"]
@@ -132,6 +133,10 @@ class NodeAgent:
         except ValueError:
             return False
         return True
+
+    def unreached(self, targets: Targets) -> list[str]:
+        """Which of these nodes cannot be reached from this one."""
+        return unreached(targets)
 
     def stopped(self, pids: list[int]) -> list[int]:
         """Which processes stand still (SIGSTOP, a debugger): proof, where their silence is only suspicion."""

@@ -26,6 +26,7 @@ from actors.hands import Hands, Member, sweep
 from actors.journal import Journal
 from actors.last_session import read_last_session
 from actors.pacing import Pacing
+from actors.reach import Reach
 from actors.recorder import Recorder
 from actors.recruiter import Recruiter
 from actors.regrouping import Regrouping
@@ -88,12 +89,12 @@ class Conductor:
         self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
         self.server.recorded = self.book.recorded
         self.hands = Hands(plan, self.server.address, self.journal.next_member)
-        notices = Notices()
+        notices, home = Notices(), ray.get_runtime_context().get_node_id()
         self.recruiter = Recruiter(plan, self.hands, notices)
         self.evidence = Evidence(self.hands, self.server)
         self.accounting = Accounting(plan, self.events, self.book, self.hands, self.journal)
         self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting, notices)
-        home = ray.get_runtime_context().get_node_id()
+        self.reach = Reach(self.hands, home)
         self.pacing = Pacing(plan.job, self.book, self.server, self.regrouping)
         self.departures = Departures(notices, self.book, self.hands, self.regrouping, home, self._dismiss)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
@@ -220,6 +221,8 @@ class Conductor:
         losses = self.evidence.look(self.regrouping.waits_for_members)
         known = {loss.member for loss in losses}
         losses += self.regrouping.late(self.hands.members.keys() - known)
+        known = {loss.member for loss in losses}
+        losses += [loss for loss in self.reach.look(self.evidence.stands_still) if loss.member not in known]
         losses += [loss for loss in self.pacing.losses() if loss.member in self.hands.members]
         known = {loss.member for loss in losses}
         for error in self.book.errors:

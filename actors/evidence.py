@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 
 from actors.hands import Hands
 from concertina.elastic.channel.server import ChannelServer, Silence
@@ -21,6 +22,7 @@ __all__ = ["Evidence"]
 log = logging.getLogger("concertina.coordinator")
 
 _SUSPECT_S = BOUNDS["silence"].seconds / 2
+_LAST_STEPS, _LONGER = 10, 3.0
 _SOONEST_S = 0.02  # silences are as old as the channel's last turn
 
 _DIED = {
@@ -39,6 +41,13 @@ class Evidence:
         """Seconds from the last look until a silence may mean more than it does now."""
         self._away: dict[int, float] = {}
         self._step, self._stepped = -1, time.monotonic()
+        self._lasted: deque[float] = deque(maxlen=_LAST_STEPS)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether no member has come to another step for longer than steps take."""
+        usual_s = max(BOUNDS["stands_still"].seconds, _LONGER * max(self._lasted, default=0.0))
+        return time.monotonic() - self._stepped > usual_s
 
     def forgive(self) -> None:
         """This process stood still itself: others' silence meanwhile says nothing."""
@@ -82,7 +91,10 @@ class Evidence:
         step = max((silence.step for silence in silences.values()), default=-1)
         if step != self._step:
             ago_s = min((s.seconds + s.progress_age_s for s in silences.values() if s.step == step), default=0.0)
-            self._step, self._stepped = step, max(self._stepped, time.monotonic() - ago_s)
+            stepped = max(self._stepped, time.monotonic() - ago_s)
+            if step == self._step + 1:
+                self._lasted.append(stepped - self._stepped)
+            self._step, self._stepped = step, stepped
 
     def _listen(self, member: int, silence: Silence | None, complaining: bool, is_stopped: bool) -> Loss | None:
         now = time.monotonic()

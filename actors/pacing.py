@@ -18,7 +18,7 @@ from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.choice import choose_layout
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.states import RunState
-from concertina.elastic.stragglers import Kind, Pace, Paces, Remedy, Straggler, StragglerNews, remedies
+from concertina.elastic.stragglers import SLOW, Kind, Pace, Paces, Remedy, Straggler, StragglerNews, remedies
 from concertina.errors import ConcertinaError
 from concertina.track.events import EventType
 
@@ -29,6 +29,7 @@ log = logging.getLogger("concertina.coordinator")
 _LOOK_S = 0.25
 _HELPED = 0.5  # of what was expected, at least, or it did not
 _WORSE = 1.25
+_STILL = 0.5  # of how much slower than the others it was
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ class Pacing:
             self._useless.add(tried.straggler.member)
 
     def _judge(self, paces: Paces) -> None:
+        if self._tried is not None or self._recovered(paces):
+            return
         stragglers = paces.stragglers()
-        if not stragglers or self._tried is not None:
+        if not stragglers:
             return
         straggler = stragglers[0]
         remedy = self._remedy(paces, straggler)
@@ -101,6 +104,20 @@ class Pacing:
             seats.unwanted.add(straggler.member)
         self._tried = _Tried(straggler, remedy, self.book.generation)
         self.regrouping.wish = "straggler"
+
+    def _recovered(self, paces: Paces) -> bool:
+        """Whether one that got fewer sequences is not so slow any more: it gets more again."""
+        slowness, now = self.regrouping.seats.slowness, paces.steady()
+        better = {m: now[m] for m, was in slowness.items() if m in now and now[m] - 1 < _STILL * (was - 1)}
+        for member, factor in better.items():
+            del slowness[member]
+            if factor > SLOW:
+                slowness[member] = factor
+            self._told.pop(member, None)
+        if better:
+            log.info("members %s are quicker again", sorted(better))
+            self.regrouping.wish = "straggler"
+        return bool(better)
 
     def _remedy(self, paces: Paces, straggler: Straggler) -> Remedy | None:
         """The best that has not been tried for nothing."""

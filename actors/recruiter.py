@@ -58,7 +58,8 @@ class Recruiter:
 
     def blame(self, loss: Loss) -> None:
         """Count a loss against its node, but not those that the node did not cause."""
-        often = self.job.elastic.max_losses_per_node if loss.reason is Reason.SLOW else 1  # the next would be slow too
+        # The next one there would be slow too, or not reached.
+        often = self.job.elastic.max_losses_per_node if loss.reason in (Reason.SLOW, Reason.UNREACHABLE) else 1
         if loss.reason is not Reason.PREEMPTED:
             self._losses[loss.node] += [time.monotonic()] * often
 

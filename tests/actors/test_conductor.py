@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ class Judge:
         made.accounting, made.server, made.hands = made.regrouping.accounting, server, hands
         made.evidence, made._unexplained = Evidence(hands, server), {}
         self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands, self.scene.notices)
+        made.reach = SimpleNamespace(look=lambda stands_still: [])
         made.pacing = Pacing(self.scene.plan.job, made.book, server, made.regrouping)
         self.conductor: Conductor = made
 

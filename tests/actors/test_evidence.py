@@ -244,3 +244,20 @@ def test_when_none_could_begin_the_next_would_not_either(scene: Scene) -> None:
         member.pid = 0
     scene.hands.dead = {2: (Reason.RAISED, "its process could not begin: no such library")}
     assert [loss.reason.ends_the_run for loss in scene.lost()] == [True]
+
+
+def test_a_world_stands_still_when_it_makes_no_step_for_longer_than_steps_take(scene: Scene) -> None:
+    scene.lost()
+    assert not scene.evidence.stands_still
+    scene.now += 6
+    scene.lost()
+    assert scene.evidence.stands_still
+    scene.server.step += 1  # it only took its time
+    scene.lost()
+    assert not scene.evidence.stands_still
+    scene.now += 17
+    scene.lost()
+    assert not scene.evidence.stands_still, "as the step before did"
+    scene.now += 2
+    scene.lost()
+    assert scene.evidence.stands_still

@@ -105,6 +105,22 @@ def test_who_is_slow_gets_fewer_sequences_and_steps_are_shorter(track: Any) -> N
     assert recovery.data["cause"]["reason"] == "straggler"
 
 
+def test_who_is_quick_again_gets_its_share_back(track: Any) -> None:
+    run = track("act")
+    run.slow = {1: 3.0}
+    run.runs(20)
+    assert run.changes_over().loads == (1000, 333, 1000)
+    run.runs(30)
+    run.slow = {1: 2.5}
+    run.runs(30)
+    assert run.channel.orders == [], "not for a little"
+    run.slow = {}
+    run.runs(30)
+    assert run.changes_over().loads == ()
+    run.runs(30)
+    assert run.channel.orders == []
+
+
 def test_where_a_smaller_share_does_not_help_the_others_go_on_without_it(track: Any) -> None:
     """Most of its time has nothing to do with its sequences."""
     run = track("act", fixed_s=1.5)

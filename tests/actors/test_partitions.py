@@ -124,6 +124,17 @@ def test_cut_off_until_ray_gives_the_node_up(drive: Drive, lab: Lab, reference: 
     ends_well(drive, reference)
 
 
+def test_two_that_reach_everybody_but_each_other(drive: Drive, lab: Lab, reference: Reference) -> None:
+    """The coordinator hears all; nobody makes a step. One of the two goes, and comes back when the link is whole."""
+    count = len(drive.recoveries())
+    lab.cut(1, [2])
+    goes_on(drive, count, 3)
+    assert any("unreachable" in reason for reason in drive.lost().values())
+    lab.connect(1)
+    goes_on(drive, count + 1, 4)
+    ends_well(drive, reference)
+
+
 def test_power_lost_frozen_and_slow(drive: Drive, lab: Lab, reference: Reference) -> None:
     count = len(drive.recoveries())
     lab.kill(3)

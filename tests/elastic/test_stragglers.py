@@ -52,6 +52,23 @@ def test_who_is_slow_is_found_within_twenty_steps(layout: Layout, factor: float)
     assert stragglers[0].factor == pytest.approx(factor, rel=0.05)
 
 
+@pytest.mark.parametrize("factor", [1.3, 3.0])
+def test_and_so_it_is_whenever_it_begins(factor: float) -> None:
+    seating = seated(Layout(4))
+    for begins in range(20, 40):
+        paces, at_s = Paces(seating), 0.0
+        busy = dict.fromkeys(seating.members, 0.0)
+        for step in range(1, begins + 20):
+            spent = {m: 0.25 * (factor if m == 12 and step >= begins else 1.0) for m in seating.members}
+            at_s += max(spent.values())
+            for member, seconds in spent.items():
+                busy[member] += seconds
+                paces.hear(member, Pace(step, busy[member], at_s))
+            if paces.stragglers():
+                break
+        assert [straggler.member for straggler in paces.stragglers()] == [12], begins
+
+
 @pytest.mark.parametrize("noise", [0.05, 0.3, 1.0])
 def test_nobody_is_found_where_all_are_alike(noise: float) -> None:
     """Ten thousand steps of eight members, each up to twice as long as another."""

@@ -20,6 +20,8 @@ class Reason(StrEnum):
     """Its process is there and does nothing."""
     DISCONNECTED = "disconnected"
     """It cannot be reached; it may live."""
+    UNREACHABLE = "unreachable"
+    """The coordinator reaches it, and others of the run do not."""
     HARDWARE = "hardware"
     PREEMPTED = "preempted"
     LATE = "late"

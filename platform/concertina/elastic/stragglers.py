@@ -15,14 +15,15 @@ from typing import Any
 
 from concertina.layout import Axis, Layout, Seating, cut_by
 
-__all__ = ["Kind", "Pace", "Paces", "Remedy", "Straggler", "StragglerNews", "loads_of", "remedies"]
+__all__ = ["SLOW", "Kind", "Pace", "Paces", "Remedy", "Straggler", "StragglerNews", "loads_of", "remedies"]
 
-WINDOW_STEPS = 8
+WINDOW_STEPS = 6
 WINDOW_S = 1.0  # of short steps: a look at fewer would be a look at noise
-WINDOWS = 2  # in a row, so that one hiccup is none: sixteen steps in all, where they take an eighth of a second
+WINDOWS = 2  # in a row, so that one hiccup is none: twelve steps in all, where they take a sixth of a second
 SLOW = 1.2
 NOISE = 4.0  # times the spread of the others
 LEAST_GAIN = 0.05
+STEADY = 0.85
 _UNITS = 1000  # of loads
 
 
@@ -100,6 +101,20 @@ class Paces:
                 if factor > SLOW and all(_stands_out(member, factors) for factors in per_window):
                     found.append(Straggler(member, factor, step_s))
         return sorted(found, key=lambda straggler: -straggler.factor)
+
+    def steady(self) -> dict[int, float]:
+        """By how much each is slower than its like, of those of whom all windows say about the same: not of one that
+        has just become slower or quicker. Empty until all are known."""
+        if not self.are_known:
+            return {}
+        found: dict[int, float] = {}
+        for members in self._alike():
+            per_window = [self._factors(members, window) for window in range(WINDOWS)]
+            for member in members:
+                factors = [factors[member] for factors in per_window]
+                if min(factors) > STEADY * max(factors):
+                    found[member] = max(factors)
+        return found
 
     def _alike(self) -> Iterator[list[int]]:
         """Members whose work is alike but for their loads: of each pipeline stage."""

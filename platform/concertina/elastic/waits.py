@@ -59,6 +59,8 @@ _TABLE = [
     Bound("cut_off", "coordinator", 0.15, "a member whose connection broke, and whose peers complain, is given up"),
     Bound("cut_off_alone", "coordinator", 5, "a member whose connection broke is given up"),
     # Something went wrong
+    Bound("stands_still", "coordinator", 5, "agents try whether nodes reach each other, where steps are shorter"),
+    Bound("probe", "agent", 1, "a node that takes no connection by then is not reached"),
     Bound("ask_ray", "coordinator", 3, "it goes on with what the channel knows"),
     Bound("ask_agent", "coordinator", 0.3, "nobody can say whether the process stands still"),
     Bound("recorder_full", "coordinator", 15, "the run ends: storage takes nothing of far too much that is queued"),
@@ -106,6 +108,9 @@ ORDER = [
     Outlasts("coordinator_silence", ("recorder_full",), "ranks hear why the run ends before they leave by themselves"),
     Outlasts("coordinator_silence", ("coordinator_frozen",), "a frozen coordinator is replaced before ranks give up"),
     Outlasts("collective", ("silence_busy", "halt"), "a member that hangs is given up before the collective's end"),
+    Outlasts(
+        "collective", ("stands_still", "ask_ray", "ask_ray"), "links are looked at twice before a collective ends"
+    ),
     Outlasts("load", ("collective", "form"), "who waits for a member that does not load says so first"),
     Outlasts("storage", ("load", "halt"), "a change while all load a checkpoint gives up none of them"),
     Outlasts("cut_off_alone", ("channel_connect",), "one missed attempt is no loss"),
