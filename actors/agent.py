@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from actors.assignment import bell_name
@@ -85,6 +86,7 @@ class NodeAgent:
         self._node = ray.get_runtime_context().get_node_id()
         self._lookout = Lookout(find_sources(notices, notice_endpoint), self._tell_notices)
         self._pretended: FakeMetadata | None = None
+        self._cloud = Source.AZURE
         self._reservations: list[str] = []
         self._heeded: set[tuple[int, int]] = set()
         self._wards, self._coordinator = Wards(), Wards()
@@ -124,14 +126,14 @@ class NodeAgent:
 
     def _tell_notices(self, sources: list[Source], found: list[Notice]) -> bool:
         """To the coordinator; and to Ray what cannot be taken back. Whether somebody heard."""
-        for notice in found:
-            if not notice.is_hint and not notice.source.may_take_back:
-                drain_node(self._node, notice.left_s, f"{notice.source}: {notice.text}")
         said = [source.value for source in sources], [notice.to_json() for notice in found]
         try:
             ray.get_actor(COORDINATOR, ray.get_runtime_context().namespace).notice.remote(self._node, *said)
-        except ValueError:
+        except (ValueError, RayError):
             return False
+        for notice in found:
+            if not notice.is_hint and not notice.source.may_take_back:
+                drain_node(self._node, notice.left_s, f"{notice.source}: {notice.text}")
         return True
 
     def unreached(self, targets: Targets) -> list[str]:
@@ -177,15 +179,17 @@ class NodeAgent:
         if self._pretended is None:
             self._pretended = FakeMetadata()
         self._pretended.notice(lead_s)
+        self._cloud = Source(cloud)
         for source in find_sources(cloud, self._pretended.endpoint):
             self._lookout.look_at(source)
         threading.Thread(target=self._end_node_at, args=(self._pretended,), name="end", daemon=True).start()
 
     def take_notice_back(self) -> bool:
-        """Whether there was one."""
-        if self._pretended is None or not self._pretended.is_given:
+        """Whether there was one that can be: Ray is told of the others, which takes no drain back."""
+        if self._pretended is None or not self._pretended.is_given or not self._cloud.may_take_back:
             return False
         self._pretended.take_back()
+        self._lookout.look_away(self._cloud)
         return True
 
     def _end_node_at(self, fake: FakeMetadata) -> None:

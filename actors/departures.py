@@ -65,8 +65,10 @@ class Departures:
                 self.book.event(EventType.NOTICE, self.book.step, node=node, **news.to_json())
         if self.notices.is_time_to_leave([self._home], now):
             wishes.hear("the node of Ray's head is taken back")
-        for node in self.notices.doomed:
-            self._let_go(node, now)
+        free = {node: self._free(node, now) for node in sorted(self.notices.doomed)}  # before the first is dismissed
+        for node, members in free.items():
+            if members:
+                self._dismiss(node, members)
 
     def _ask_ray(self, now: float) -> None:
         for node, left_s in draining_nodes().items():
@@ -74,15 +76,18 @@ class Departures:
                 left_s = max(0.0, self._without_end.setdefault(node, now) + UNKNOWN_LEAD_S - now)
             self.hear(node, [Source.RAY], [Notice(Source.RAY, left_s, "drained")])
 
-    def _let_go(self, node: str, now: float) -> None:
+    def _free(self, node: str, now: float) -> list[int]:
+        """Members on a doomed node that may end now: all of them, or none."""
         there = [member.number for member in self.hands.members.values() if member.node_id == node]
-        if there and self.notices.is_given_back(node, now) and self._can_spare(there):
-            self._dismiss(node, there)
+        return there if self.notices.is_given_back(node, now) and self._can_spare(there) else []
 
     def _can_spare(self, members: Collection[int]) -> bool:
         """Whether none of these has anything that the run needs: it trains without them, or has written all it has."""
         generations = self.regrouping.generations
         if generations.shortage is not None:
-            return self.book.newest_checkpoint() >= self.book.step
+            reports = generations.reports.values()
+            if not generations.holders <= generations.reports.keys():
+                return False  # they have yet to say what they have
+            return self.book.newest_checkpoint() >= max((report.step for report in reports), default=0)
         seating = generations.seating
         return generations.is_settled and seating is not None and set(seating.members).isdisjoint(members)

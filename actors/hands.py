@@ -129,6 +129,12 @@ class Hands:
         self.reservations.remove(reservation)
         remove_placement_group(reservation.group)
 
+    def release_unused(self, most: int) -> None:
+        """Give back room with nobody in it, while there is more than for `most`."""
+        for reservation in [r for r in self.reservations if not r.held]:
+            if self.room - reservation.size >= most:
+                self.release(reservation)
+
     def fill(self, barred: set[str], most: int) -> None:
         """Start a member wherever there is room and none, but on `barred` nodes, until there are `most`."""
         for reservation in self.reservations:

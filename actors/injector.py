@@ -200,11 +200,11 @@ class Injector:
         self._say(injection, victim)
 
     def _strike_by_notice(self, injection: Injection, victim: Victim) -> None:
-        """A notice, and the node's end when its time has come, which this waits for; or that there is none any more."""
+        """A notice, and that the node ends at its time, which its agent sees to; or that there is none any more."""
         agent = self._agent(victim.node)
         if injection.deed is Deed.CANCEL:
             if not self._ask(agent.take_notice_back.remote()):
-                raise UserError(f"{victim} was given no notice that could be taken back")
+                raise UserError(f"{victim} was given no notice that can be taken back: cloud=azure gives one")
             self._say(injection, victim, "stays: its notice is taken back")
             return
         self._ask(agent.pretend_notice.remote(injection.cloud, injection.lead_s))

@@ -18,7 +18,7 @@ from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.choice import choose_layout
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.states import RunState
-from concertina.elastic.stragglers import SLOW, Kind, Pace, Paces, Remedy, Straggler, StragglerNews, remedies
+from concertina.elastic.stragglers import SLOW, Kind, Pace, Paces, Remedy, Straggler, StragglerNews, Work, remedies
 from concertina.errors import ConcertinaError
 from concertina.track.events import EventType
 
@@ -29,16 +29,18 @@ log = logging.getLogger("concertina.coordinator")
 _LOOK_S = 0.25
 _HELPED = 0.5  # of what was expected, at least, or it did not
 _WORSE = 1.25
+_AGAIN_S = 60.0
 _STILL = 0.5  # of how much slower than the others it was
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """What was done about a straggler, and in which generation it was found."""
+    """What was done about a straggler, in which generation it was found, and how many ranks the next one is to have."""
 
     straggler: Straggler
     remedy: Remedy
     generation: int
+    world: int
 
 
 class Pacing:
@@ -51,6 +53,8 @@ class Pacing:
         self._tried: _Tried | None = None
         self._told: dict[int, float] = {}  # factors, by member
         self._useless: set[int] = set()  # members whose smaller share did not help
+        self._gives_up = False
+        self._again_s = 0.0
         self._looked_s = 0.0
 
     def look(self) -> None:
@@ -65,10 +69,13 @@ class Pacing:
             self._paces = None
             return
         if self._paces is None or self._paces.seating is not seating:
-            self._paces = Paces(seating)
+            self._paces = Paces(seating, self._work)
         for member, silence in self.server.silences().items():
             if silence.phase == "step":
                 self._paces.hear(member, Pace(silence.done, silence.busy_s, now - silence.seconds))
+            else:
+                self._paces.pause(member)
+        self._take_back_what_was_called_off()
         if self._paces.are_known:
             self._measure(self._paces)
             self._judge(self._paces)
@@ -79,20 +86,37 @@ class Pacing:
         if tried is None or step_s is None or self.book.generation == tried.generation:
             return
         self._tried = None
+        if len(paces.seating.members) != tried.world:
+            return  # something else has happened as well
+        member = tried.straggler.member
         before_s, expected_s = tried.straggler.step_s, tried.remedy.step_s
         self._tell(tried.straggler, tried.remedy, step_s)
-        if tried.remedy.kind is Kind.REBALANCE and before_s - step_s < _HELPED * (before_s - expected_s):
-            self._useless.add(tried.straggler.member)
+        if before_s - step_s >= _HELPED * (before_s - expected_s):
+            return
+        if tried.remedy.kind is not Kind.REBALANCE:
+            self._gives_up = True  # what is slow is not the member: its place, or what it works on
+        elif self.regrouping.seats.slowness.pop(member, None) is not None:
+            self._useless.add(member)
+            self.regrouping.wish = "straggler"
+
+    def _take_back_what_was_called_off(self) -> None:
+        """The change did not come about: what was decided is decided anew, a while later."""
+        tried = self._tried
+        if tried is None or self.regrouping.wish or self.book.generation != tried.generation:
+            return
+        self._tried, self._again_s = None, time.monotonic() + _AGAIN_S
+        self.regrouping.seats.slowness.pop(tried.straggler.member, None)
+        self.regrouping.seats.unwanted.discard(tried.straggler.member)
 
     def _judge(self, paces: Paces) -> None:
         if self._tried is not None or self._recovered(paces):
             return
         stragglers = paces.stragglers()
-        if not stragglers:
+        if not stragglers or time.monotonic() < self._again_s:
             return
         straggler = stragglers[0]
         remedy = self._remedy(paces, straggler)
-        if remedy is None or self._mode == "report":
+        if remedy is None or self._gives_up or self._mode == "report":
             if straggler.factor > _WORSE * self._told.get(straggler.member, 0.0):  # once, unless it becomes worse
                 self._tell(straggler, None)
             return
@@ -102,7 +126,8 @@ class Pacing:
             seats.slowness[straggler.member] = straggler.factor
         else:
             seats.unwanted.add(straggler.member)
-        self._tried = _Tried(straggler, remedy, self.book.generation)
+        leaves = self._world_of(self._usable - 1) if remedy.kind is Kind.EVICT else len(paces.seating.members)
+        self._tried = _Tried(straggler, remedy, self.book.generation, leaves)
         self.regrouping.wish = "straggler"
 
     def _recovered(self, paces: Paces) -> bool:
@@ -121,12 +146,25 @@ class Pacing:
 
     def _remedy(self, paces: Paces, straggler: Straggler) -> Remedy | None:
         """The best that has not been tried for nothing."""
-        seats, present = self.regrouping.seats, self.regrouping.generations.present
+        seats, seating = self.regrouping.seats, paces.seating
         slowness = {**seats.slowness, straggler.member: straggler.factor}
-        units = self.job.training.global_batch_size // self.job.model.capacity.whole_sequences
-        found = remedies(straggler, paces.seating, slowness, units, self._world_of(len(present) - 1))
+        leaving = seats.leaving(self.regrouping.generations.present)
+        spare = any(member not in leaving for member in seating.spares)
+        found = remedies(straggler, seating, slowness, self._work, self._world_of(self._usable - 1), spare)
         passed_over = {Kind.REBALANCE} if straggler.member in self._useless else set()
         return next((remedy for remedy in found if remedy.kind not in passed_over), None)
+
+    @property
+    def _usable(self) -> int:
+        """Members that are there and stay."""
+        present = self.regrouping.generations.present
+        return len(present) - len(self.regrouping.seats.leaving(present))
+
+    @property
+    def _work(self) -> Work:
+        training, whole = self.job.training, self.job.model.capacity.whole_sequences
+        most = (training.micro_batch_size or 0) // whole
+        return Work(training.global_batch_size // whole, most or int(self.job.layout.pp > 1))
 
     def _world_of(self, members: int) -> int:
         """Ranks that so many members make; 0 where they are too few."""

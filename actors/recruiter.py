@@ -37,6 +37,7 @@ class Recruiter:
         self._looked = self._asked = 0.0
         self._beside = 0
         self._losses: dict[str, list[float]] = defaultdict(list)
+        self._slow: set[str] = set()  # nodes of members that were given up for that
 
     def ask(self, beside: int = 0) -> None:
         """Tell Ray's autoscaler, if there is one, what the run wants as long as it lasts: room for all its members, of
@@ -58,16 +59,18 @@ class Recruiter:
 
     def blame(self, loss: Loss) -> None:
         """Count a loss against its node, but not those that the node did not cause."""
-        # The next one there would be slow too, or not reached.
-        often = self.job.elastic.max_losses_per_node if loss.reason in (Reason.SLOW, Reason.UNREACHABLE) else 1
+        if loss.reason is Reason.SLOW:
+            self._slow.add(loss.node)  # the next one there would be slow too
+        often = self.job.elastic.max_losses_per_node if loss.reason is Reason.UNREACHABLE else 1
         if loss.reason is not Reason.PREEMPTED:
             self._losses[loss.node] += [time.monotonic()] * often
 
     @property
     def barred(self) -> set[str]:
-        """Nodes that get no member: those that have lost them too often, lately, and those that will go, or may."""
+        """Nodes that get no member: those that have lost them too often, lately, or a slow one; and those that will go,
+        or may."""
         elastic, now = self.job.elastic, time.monotonic()
-        found = set(self.notices.avoided)
+        found = self._slow | self.notices.avoided
         for node, losses in self._losses.items():
             recent = [at for at in losses if now - at < _MEMORY_OF_LOSSES_S]
             if len(recent) >= elastic.max_losses_per_node and now - recent[-1] < elastic.rejoin_after_s:
@@ -85,6 +88,7 @@ class Recruiter:
         self.hands.settle()
         barred = self.barred
         leaving = self._leaving
+        self.hands.release_unused(self.wanted + leaving)
         self.hands.fill(barred, self.wanted + leaving)
         self.hands.keep_standbys(barred)
         self._give_up_unborn(now)

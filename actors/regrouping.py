@@ -307,7 +307,7 @@ class Regrouping:
         patience = BOUNDS["gather"].seconds if self.expected else _SETTLE_S
         if now - since < patience or seating.layout.world >= self.plan.job.cluster.num_workers:
             return False
-        if self.seats(present, seating).layout.world > seating.layout.world:
+        if self.seats.world_of(present, seating) > seating.layout.world:
             return True
         self.seats.guest = self._doubts.guest(waiting)  # as a spare, where it makes no larger world by itself
         return self.seats.guest is not None

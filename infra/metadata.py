@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -68,8 +69,8 @@ class _Service:
             if error.code == 404:
                 return None
             raise NoAnswer(f"{request.full_url} answers {error.code}") from error
-        except (OSError, ValueError) as error:
-            raise NoAnswer(f"{request.full_url}: {error}") from error
+        except (OSError, ValueError, HTTPException) as error:
+            raise NoAnswer(f"{request.full_url}: {error!r}") from error
 
 
 class AwsMetadata:
@@ -133,9 +134,12 @@ class AzureMetadata:
         bound_s = _AZURE_ANSWER_S if self._name is None else _ANSWER_S
         if self._name is None:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-            self._name = (self._service.ask(path) or "").strip()
+            self._name = (self._service.ask(path) or "").strip() or None
+            if self._name is None:
+                raise NoAnswer("no name of this machine: events of a whole scale set would be taken for its own")
         answer = self._service.ask("/metadata/scheduledevents?api-version=2020-07-01", bound_s)
-        return [] if answer is None else _parsed(lambda text: _azure_events(text, self._name or ""), answer)
+        name = self._name
+        return [] if answer is None else _parsed(lambda text: _azure_events(text, name), answer)
 
 
 _SOURCES: Mapping[Source, Callable[[str], NoticeSource]] = {
@@ -186,8 +190,8 @@ def _azure_events(answer: str, name: str) -> list[Notice]:
     one that has started has no time any more."""
     notices = []
     for event in json.loads(answer)["Events"]:
-        kind, mine = event["EventType"], not name or name in event["Resources"]
-        if kind in _AZURE_ENDS and mine:
+        kind = event["EventType"]
+        if kind in _AZURE_ENDS and name in event["Resources"]:
             not_before = event.get("NotBefore") or ""
             left_s = _left_s(parsedate_to_datetime(not_before)) if not_before else 0.0
             notices.append(Notice(Source.AZURE, left_s, kind.lower()))

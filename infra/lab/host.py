@@ -35,6 +35,8 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, pass_on)
     while not asked:
         node = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        if asked:  # meanwhile
+            node.send_signal(asked[0])
         print(f"started {node.pid}", flush=True)
         print(f"{HAS_ENDED} {node.wait()}", flush=True)
         end_descendants(_END_BOUND)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ class Lab:
     has_links: bool
     lost: list[tuple[int, int]] = field(default_factory=list)
     """(source, target): what is sent that way is lost."""
+    off: list[tuple[int, int]] = field(default_factory=list)
+    """Of those, what is lost because a host is off."""
     slowed: dict[int, float] = field(default_factory=dict)
     """Megabits a second of hosts whose links were slowed."""
 
@@ -104,9 +107,9 @@ class Lab:
         port = 6379 if has_links else _free_port(addresses[0])
         lab = cls(folder, [Host(n, address) for n, address in enumerate(addresses)], cpus, port, has_links)
         try:
+            lab._write()  # whatever ends this process, `down` finds the rest
             if has_links:
                 lab.network.up()
-            lab._write()
             for host in lab.hosts:
                 lab.boot(host.number)
                 if host.number == 0 or not has_links:
@@ -137,7 +140,8 @@ class Lab:
     def _read(cls, folder: Path) -> Lab:
         found: dict[str, Any] = json.loads((folder / _FILE).read_text())
         found["hosts"] = [Host(**host) for host in found["hosts"]]
-        found["lost"] = [(source, target) for source, target in found["lost"]]
+        for ways in ("lost", "off"):
+            found[ways] = [(source, target) for source, target in found[ways]]
         found["slowed"] = {int(host): mbit for host, mbit in found["slowed"].items()}
         return cls(folder, **found)
 
@@ -150,7 +154,7 @@ class Lab:
     def down(self) -> None:
         """End every process, the network and the folder."""
         for host in self.hosts:
-            _end(host)
+            self._end(host)
         if self.has_links:
             self.network.down()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -205,7 +209,7 @@ class Lab:
         host = self._host(number)
         if host.is_on:
             raise LabError(f"host {number} is on")
-        self.connect(number)
+        self._mend([way for way in self.off if number in way])
         python = [sys.executable, "-m", "infra.lab.host", "--"]
         with (self.folder / f"host-{number}.log").open("a") as log:
             process = subprocess.Popen(
@@ -222,8 +226,10 @@ class Lab:
     def kill(self, number: int) -> None:
         """As a machine that loses its power: nobody hears of it, and nothing of it is left."""
         host = self._on(number)
+        before = set(self.lost)
         self.cut(number)
-        _end(host)
+        self.off = [*self.off, *(way for way in self.lost if way not in before)]
+        self._end(host)
         host.pid = 0
         self._write()
 
@@ -249,13 +255,19 @@ class Lab:
                 if wanted and (source, target) not in self.lost:
                     self.network.lose(source, target)
                     self.lost.append((source, target))
+                if wanted and (source, target) in self.off:
+                    self.off.remove((source, target))  # on purpose now
         self._write()
 
     def connect(self, number: int) -> None:
         """A host's links are whole again."""
-        for source, target in [way for way in self.lost if number in way]:
+        self._mend([way for way in self.lost if number in way])
+
+    def _mend(self, ways: list[tuple[int, int]]) -> None:
+        for source, target in ways:
             self.network.carry(source, target)
-            self.lost.remove((source, target))
+        self.lost = [way for way in self.lost if way not in ways]
+        self.off = [way for way in self.off if way not in ways]
         self._write()
 
     def slow(self, number: int, mbit: float) -> None:
@@ -281,6 +293,14 @@ class Lab:
             raise LabError(f"this lab has no links of its own: {why_not() or 'it was made without root'}")
 
     # -- small things -------------------------------------------------------------------------------------------------
+
+    def _end(self, host: Host) -> None:
+        """Every process of it, and what `exec` has started there."""
+        _end(host)
+        if self.has_links:
+            for pid in self.network.processes(host.number):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _host(self, number: int) -> Host:
         if not 0 <= number < len(self.hosts):
@@ -344,8 +364,14 @@ def _free_port(address: str) -> int:
 
 def _folders(root: Path | None) -> Iterator[Path]:
     for file in Path(root or tempfile.gettempdir()).glob(f"{_PREFIX}*/{_FILE}"):
-        if os.access(file, os.R_OK):
+        if _is_ours(file.parent):
             yield file.parent
+
+
+def _is_ours(folder: Path) -> bool:
+    """What is written in it names processes to be ended: nobody else may have written it."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _name(folder: Path) -> str:
@@ -363,14 +389,16 @@ def _end(host: Host) -> None:
     it."""
     if not host.is_on:
         return
-    os.kill(host.pid, signal.SIGSTOP)
+    with suppress(ProcessLookupError):
+        os.kill(host.pid, signal.SIGSTOP)
     deadline = time.monotonic() + _END_S
     while time.monotonic() < deadline and (below := _living_below(host)):
         for process in below:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=0.05)
-    os.kill(host.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(host.pid, signal.SIGKILL)
     with suppress(ChildProcessError):
         os.waitpid(host.pid, 0)  # where it is a child of ours
 

@@ -109,6 +109,12 @@ class Network:
         what = [self.address(target), "lladdr", hardware, "dev", "eth0", "nud", "permanent"]
         _run("ip", "-n", self.namespace(source), "neigh", "replace", *what)
 
+    def processes(self, host: int) -> list[int]:
+        """All that run on a host."""
+        command = ["ip", "netns", "pids", self.namespace(host)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BOUND_S, check=False)
+        return [int(pid) for pid in done.stdout.split()]
+
     def slow(self, host: int, mbit: float) -> None:
         """The link of a host, both directions, carries so many megabits a second."""
         burst = max(3000, round(mbit * 1e6 / 8 * _BURST_MS / 1e3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ class Track(Scene):
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, fixed_s: float = 0.0) -> None:
         super().__init__(folder, stragglers=mode)  # type: ignore[arg-type]
+        training = self.plan.job.training.model_copy(update={"global_batch_size": 64})
+        self.plan = replace(self.plan, job=self.plan.job.model_copy(update={"training": training}))
         self.now, self.fixed_s = 1000.0, fixed_s
         self.slow: dict[int, float] = {}
         self.busy = dict.fromkeys(range(3), 0.0)
@@ -45,10 +48,10 @@ class Track(Scene):
     def runs(self, steps: int) -> None:
         """Heartbeats after every step."""
         for _ in range(steps):
-            loads = self.seating.loads or (1,) * len(self.seating.members)
+            done = self.pacing._work.done(len(self.seating.members), self.seating.loads)
             spent = {
-                member: self.slow.get(member, 1.0) * (self.fixed_s + 0.3 * load * len(loads) / sum(loads))
-                for member, load in zip(self.seating.members, loads, strict=True)
+                member: self.slow.get(member, 1.0) * (self.fixed_s + 0.9 * number / 64)
+                for member, number in zip(self.seating.members, done, strict=True)
             }
             self.step += 1
             self.now += max(spent.values())
@@ -99,7 +102,7 @@ def test_who_is_slow_gets_fewer_sequences_and_steps_are_shorter(track: Any) -> N
     found, measured = run.news()
     assert (found.member, found.remedy, found.measured_s) == (1, Kind.REBALANCE, None)
     assert found.factor == pytest.approx(3.0)
-    assert measured.measured_s == pytest.approx(0.9 * 3 / 7, rel=0.05)
+    assert measured.measured_s == pytest.approx(0.9 * 28 / 64, rel=0.05)
     assert run.channel.orders == [], "nothing more is to be done"
     (recovery,) = run.events(EventType.RECOVERY)
     assert recovery.data["cause"]["reason"] == "straggler"
@@ -129,6 +132,7 @@ def test_where_a_smaller_share_does_not_help_the_others_go_on_without_it(track: 
     assert run.changes_over().loads == (1000, 333, 1000)
     run.runs(20)
     seating = run.changes_over()
+    assert seating.loads == (), "what did not help is undone"
     assert (seating.members, seating.spares) == ((0, 2), (1,))
     assert [(loss.member, loss.reason) for loss in run.pacing.losses()] == [(1, "slow")]
     run.lose(1)
@@ -151,3 +155,16 @@ def test_nobody_is_slow_nothing_happens(track: Any) -> None:
     run.runs(200)
     assert run.channel.orders == []
     assert run.news() == []
+
+
+def test_a_change_that_is_called_off_is_wanted_again_later(track: Any) -> None:
+    run = track("act")
+    run.slow = {1: 3.0}
+    run.runs(20)
+    assert run.channel.take(Prepare)
+    run.regrouping.generations.call_off()
+    run.runs(20)
+    assert run.channel.take(Prepare) == {}, "not at once"
+    assert run.regrouping.seats.slowness == {}
+    run.runs(100)
+    assert run.changes_over().loads == (1000, 333, 1000)

@@ -6,10 +6,13 @@ from random import Random
 
 import pytest
 
-from concertina.elastic.stragglers import Kind, Pace, Paces, Straggler, loads_of, remedies
+from concertina.elastic.stragglers import Kind, Pace, Paces, Straggler, Work, loads_of, remedies
 from concertina.layout import Layout, Seating
 
 pytestmark = pytest.mark.unit
+
+
+WORK = Work(840)  # of so many, what is left over is nothing
 
 
 def seated(layout: Layout, loads: tuple[int, ...] = (), spares: tuple[int, ...] = ()) -> Seating:
@@ -21,7 +24,7 @@ def found_after(
     seating: Seating, slowness: dict[int, float], steps: int, *, step_s: float = 0.25, noise: float = 0.0, seed: int = 7
 ) -> tuple[int | None, list[Straggler]]:
     """Steps until somebody is found, and who; beats come after every step. A stage's work is its number and one."""
-    paces, chance = Paces(seating), Random(seed)
+    paces, chance = Paces(seating, WORK), Random(seed)
     busy = dict.fromkeys(seating.members, 0.0)
     at_s = 0.0
     for step in range(1, steps + 1):
@@ -56,7 +59,7 @@ def test_who_is_slow_is_found_within_twenty_steps(layout: Layout, factor: float)
 def test_and_so_it_is_whenever_it_begins(factor: float) -> None:
     seating = seated(Layout(4))
     for begins in range(20, 40):
-        paces, at_s = Paces(seating), 0.0
+        paces, at_s = Paces(seating, WORK), 0.0
         busy = dict.fromkeys(seating.members, 0.0)
         for step in range(1, begins + 20):
             spent = {m: 0.25 * (factor if m == 12 and step >= begins else 1.0) for m in seating.members}
@@ -77,7 +80,7 @@ def test_nobody_is_found_where_all_are_alike(noise: float) -> None:
 
 
 def test_one_hiccup_is_none() -> None:
-    paces = Paces(seated(Layout(4)))
+    paces = Paces(seated(Layout(4)), WORK)
     for step in range(1, 60):
         for member in range(10, 14):
             hiccup = 5.0 if member == 12 and step >= 20 else 0.0
@@ -92,7 +95,7 @@ def test_stages_are_compared_with_themselves_and_loads_are_taken_into_account() 
 
 
 def test_a_member_that_begins_anew_is_heard_anew() -> None:
-    paces = Paces(seated(Layout(2)))
+    paces = Paces(seated(Layout(2)), WORK)
     paces.hear(10, Pace(500, 100.0, 0.0))
     for step in range(1, 40):
         for member in (10, 11):
@@ -121,7 +124,7 @@ def test_the_best_remedy(
     factor: float, sequences: int, spares: tuple[int, ...], best: Kind | None, step_s: float
 ) -> None:
     seating = seated(Layout(4), spares=spares)
-    found = remedies(Straggler(12, factor, 1.0), seating, {12: factor}, sequences, 3)
+    found = remedies(Straggler(12, factor, 1.0), seating, {12: factor}, Work(sequences), 3, has_spare=bool(spares))
     if best is None:
         assert found == []
         return
@@ -132,4 +135,50 @@ def test_the_best_remedy(
 def test_nothing_is_done_that_is_not_worth_it() -> None:
     """Who already has so much less to do that the world does not wait for it any more."""
     seating = seated(Layout(4), loads=(1000, 1000, 333, 1000))
-    assert remedies(Straggler(12, 3.0, 1.0), seating, {12: 3.0}, 64, 3) == []
+    assert remedies(Straggler(12, 3.0, 1.0), seating, {12: 3.0}, Work(64), 3) == []
+
+
+@pytest.mark.parametrize(
+    ("work", "dp", "loads", "done"),
+    [
+        (Work(16), 5, (), [4, 3, 3, 3, 3]),
+        (Work(6), 4, (), [2, 2, 1, 1]),
+        (Work(4), 6, (), [1, 1, 1, 1, 1, 1]),  # who has none computes one that counts for nothing
+        (Work(64), 4, (1000, 1000, 333, 1000), [19, 19, 7, 19]),
+        (Work(64, most=1), 4, (1000, 1000, 333, 1000), [19, 19, 19, 19]),  # as many micro-batches everywhere
+        (Work(64, most=4), 4, (1000, 1000, 333, 1000), [19, 19, 7, 19]),
+    ],
+)
+def test_what_each_position_computes(work: Work, dp: int, loads: tuple[int, ...], done: list[int]) -> None:
+    assert work.done(dp, loads) == done
+
+
+@pytest.mark.parametrize(("units", "world"), [(16, 5), (16, 7), (8, 7), (6, 4), (4, 3)])
+def test_who_has_one_sequence_more_is_not_slow(units: int, world: int) -> None:
+    """Worlds that a loss leaves, in which batches are not dealt out evenly."""
+    work, seating = Work(units), seated(Layout(world))
+    paces, done = Paces(seating, work), Work(units).done(world)
+    for step in range(1, 100):
+        for member, number in zip(seating.members, done, strict=True):
+            paces.hear(member, Pace(step, step * 0.1 * number, step * 0.1 * max(done)))
+        assert paces.stragglers() == []
+
+
+def test_fewer_sequences_are_no_remedy_where_all_do_as_many_micro_batches() -> None:
+    seating = seated(Layout(4))
+    kinds = {remedy.kind for remedy in remedies(Straggler(12, 3.0, 1.0), seating, {12: 3.0}, Work(64, most=1), 3)}
+    assert kinds == {Kind.EVICT}
+
+
+def test_what_was_done_beside_steps_is_in_no_window() -> None:
+    """A validation, of all members at a time."""
+    paces = Paces(seated(Layout(2)), WORK)
+    pause_s = 0.0
+    for step in range(1, 60):
+        if step == 30:
+            pause_s = 20.0
+            for member in (10, 11):
+                paces.pause(member)
+        for member in (10, 11):
+            paces.hear(member, Pace(step, step * 0.25, step * 0.25 + pause_s))
+    assert paces.step_s == pytest.approx(0.25)

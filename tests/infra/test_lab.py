@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import subprocess
@@ -136,6 +137,25 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
         Lab.up(0, root=tmp_path)
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize("mode", [0o777, 0o720, 0o702])
+def test_a_lab_that_others_may_have_written_is_none(tmp_path: Path, mode: int) -> None:
+    """It names processes to be ended."""
+    folder = tmp_path / "concertina-lab-abcdef"
+    folder.mkdir(mode=0o700)
+    document = {"hosts": [], "cpus": 1, "port": 1, "has_links": False, "lost": [], "off": [], "slowed": {}}
+    (folder / "lab.json").write_text(json.dumps(document))
+    assert Lab.find(root=tmp_path).name == "abcdef"
+    folder.chmod(mode)
+    with pytest.raises(LabError, match="there is no lab"):
+        Lab.find(root=tmp_path)
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "elsewhere" / "lab.json").write_text(json.dumps(document))
+    (tmp_path / "concertina-lab-123456").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LabError, match="there is no lab"):
+        Lab.find(root=tmp_path)
+
+
 @pytest.fixture
 def root() -> Iterator[Path]:
     """Short, for Ray's sockets."""
@@ -171,7 +191,10 @@ def test_hosts_go_and_come_back(root: Path, monkeypatch: pytest.MonkeyPatch, wit
         assert not Lab.find(root=root).hosts[1].is_on
         with pytest.raises(LabError, match="host 1 is off"):
             there.freeze(1)
+        there.cut(0, [1])  # what is cut on purpose stays cut when a host is switched on
         there.boot(1)
+        assert there.lost == ([] if not with_links else [(0, 1), (1, 0)])
+        there.connect(1)
         until = time.monotonic() + 60
         while len(there.hosts[1].processes()) < 4 and time.monotonic() < until:
             time.sleep(0.2)

@@ -219,6 +219,8 @@ def _refuse(line: str, injection: Injection) -> None:
     phases = [*MEMBER_PHASES, *(phase.replace("_", " ") for phase in RUN_PHASES)]
     if deed is Deed.JOIN and kind is not None:
         problem = "join makes a node and takes no victim"
+    elif deed in (*_NOTICES, Deed.SLOW) and injection.phase in MEMBER_PHASES:
+        problem = f"{deed.value} has phases of the run only: {', '.join(RUN_PHASES)}"
     elif deed in _NOTICES and kind is not Kind.NODE:
         problem = f"a {deed.value} is of a node: node=N"
     elif deed is Deed.SLOW and (kind not in (Kind.RANK, Kind.MEMBER) or injection.factor <= 1):

@@ -34,17 +34,24 @@ class Seats:
     clock: Callable[[], float] = field(default=time.monotonic)
 
     def __call__(self, present: Mapping[int, str], old: Seating | None) -> Seating:
-        """The seating of `present` (member -> node). Who is on a doomed node gets no rank, unless too few would be
-        left and there is still time. Raises ConcertinaError when there is none."""
-        leaving = self.leaving(present)
-        if not leaving:
-            return self._seat(present, old, leaving)
+        """The seating of `present` (member -> node). Nobody who is not wanted or on a doomed node gets a rank. Where
+        too few would be left, first the unwanted do, then those whose node has time. Raises ConcertinaError when there
+        is none."""
+        problem: ConcertinaError | None = None
+        for away in dict.fromkeys([self.leaving(present), self._doomed(present), self._going(present)]):
+            try:
+                return self._seat(present, old, away)
+            except ConcertinaError as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def world_of(self, present: Mapping[int, str], old: Seating | None) -> int:
+        """How many ranks that makes; 0 where there is no seating."""
         try:
-            return self._seat(present, old, leaving)
+            return self(present, old).layout.world
         except ConcertinaError:
-            if self.is_last_call(present):
-                raise
-            return self._seat(present, old, frozenset())
+            return 0
 
     def _seat(self, present: Mapping[int, str], old: Seating | None, leaving: Collection[int]) -> Seating:
         least = 1 if self.is_stopping else self.job.elastic.min_workers
@@ -62,33 +69,34 @@ class Seats:
 
     def leaving(self, present: Mapping[int, str]) -> frozenset[int]:
         """Members on nodes that will go, and those that are not wanted."""
-        if self.is_stopping:
-            return frozenset()
-        doomed = self.notices.doomed
-        return frozenset(m for m, node in present.items() if node in doomed or m in self.unwanted)
+        return frozenset() if self.is_stopping else self._doomed(present) | self.unwanted.intersection(present)
+
+    def _doomed(self, present: Mapping[int, str]) -> frozenset[int]:
+        doomed = frozenset[str]() if self.is_stopping else self.notices.doomed
+        return frozenset(member for member, node in present.items() if node in doomed)
+
+    def _going(self, present: Mapping[int, str]) -> frozenset[int]:
+        """Members whose node will be gone in a moment."""
+        now, doomed = self.clock(), self._doomed(present)
+        return frozenset(member for member in doomed if self.notices.is_last_call([present[member]], now))
 
     def is_time_to_leave(self, present: Mapping[int, str], seating: Seating) -> bool:
         """Whether ranks are on doomed nodes, and it is time that they go, and the run can go on without them."""
-        nodes = self._to_be_left(present, seating)
-        return self.notices.is_time_to_leave(nodes, self.clock()) and self._can_leave(present, seating)
+        seated = self._doomed(present).intersection(seating.members)
+        is_time = self.notices.is_time_to_leave({present[member] for member in seated}, self.clock())
+        if is_time and self._are_enough_without(self._doomed(present), present, seating):
+            return True
+        going = self._going(present)
+        return not going.isdisjoint(seated) and self._are_enough_without(going, present, seating)
 
     def is_cornered(self, present: Mapping[int, str], seating: Seating) -> bool:
         """Whether the run cannot go on without nodes that will be gone in a moment."""
-        if not self.notices.is_last_call(self._to_be_left(present, seating), self.clock()):
-            return False
-        return not self._can_leave(present, seating)
+        going = self._going(present)
+        return not going.isdisjoint(seating.members) and not self._are_enough_without(going, present, seating)
 
-    def is_last_call(self, present: Mapping[int, str]) -> bool:
-        nodes = {present[member] for member in self.leaving(present)}
-        return self.notices.is_last_call(nodes, self.clock())
-
-    def _to_be_left(self, present: Mapping[int, str], seating: Seating) -> set[str]:
-        leaving = self.leaving(present)
-        return {present[member] for member in seating.members if member in leaving}
-
-    def _can_leave(self, present: Mapping[int, str], seating: Seating) -> bool:
+    def _are_enough_without(self, away: Collection[int], present: Mapping[int, str], seating: Seating) -> bool:
         try:
-            self._seat(present, seating, self.leaving(present))
+            self._seat(present, seating, away)
         except ConcertinaError:
             return False
         return True

@@ -8,14 +8,14 @@ No clock and no network.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from concertina.layout import Axis, Layout, Seating, cut_by
 
-__all__ = ["SLOW", "Kind", "Pace", "Paces", "Remedy", "Straggler", "StragglerNews", "loads_of", "remedies"]
+__all__ = ["SLOW", "Kind", "Pace", "Paces", "Remedy", "Straggler", "StragglerNews", "Work", "loads_of", "remedies"]
 
 WINDOW_STEPS = 6
 WINDOW_S = 1.0  # of short steps: a look at fewer would be a look at noise
@@ -45,6 +45,22 @@ class Straggler:
     step_s: float
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step deals out: so many `units`, of which none is parted, in micro-batches of at most so many (0: of what
+    each would get if all got alike). All positions of dp do equally many micro-batches, and in an empty one a unit that
+    counts for nothing."""
+
+    units: int
+    most: int = 0
+
+    def done(self, dp: int, loads: Sequence[int] = ()) -> list[int]:
+        """Units that each position computes."""
+        sizes = [stop - start for start, stop in (cut_by(self.units, loads or (1,) * dp, index) for index in range(dp))]
+        count = -(-max(sizes) // (self.most or max(1, -(-self.units // dp))))
+        return [max(1, size, count) for size in sizes]
+
+
 @dataclass
 class _Run:
     """One member's windows, the newest last: seconds of computing a step, and seconds a step."""
@@ -66,21 +82,26 @@ class _Run:
 
 
 class Paces:
-    """Of the ranks of one seating."""
+    """Of the ranks of one seating, which share out a step's sequences."""
 
-    def __init__(self, seating: Seating) -> None:
+    def __init__(self, seating: Seating, work: Work) -> None:
         self.seating = seating
         self._runs = {member: _Run() for member in seating.members}
+        self._done = work.done(seating.layout.dp, seating.loads)
 
     def hear(self, member: int, pace: Pace) -> None:
         if member in self._runs:
             self._runs[member].hear(pace)
 
+    def pause(self, member: int) -> None:
+        """It does something else: what it has done of a window is forgotten."""
+        if member in self._runs:
+            self._runs[member].begin = None
+
     @property
     def step_s(self) -> float | None:
-        """Seconds a step of the newest window; None before there is one."""
-        found = [run.step_s[-1] for run in self._runs.values() if run.step_s]
-        return min(found, default=None)
+        """Seconds a step, of the quickest window; None before there is one."""
+        return min((step_s for run in self._runs.values() for step_s in run.step_s), default=None)
 
     @property
     def are_known(self) -> bool:
@@ -129,11 +150,9 @@ class Paces:
         return {member: rate / middle if middle > 0 else 1.0 for member, rate in rates.items()}
 
     def _load(self, member: int) -> float:
-        loads, rank = self.seating.loads, self.seating.rank_of(member)
+        rank = self.seating.rank_of(member)
         assert rank is not None
-        if not loads:
-            return 1.0
-        return loads[self.seating.layout.coordinate(rank, Axis.DP)] * len(loads) / sum(loads)
+        return self._done[self.seating.layout.coordinate(rank, Axis.DP)]
 
 
 def _stands_out(member: int, factors: Mapping[int, float]) -> bool:
@@ -217,28 +236,31 @@ def _by_position(layout: Layout, members: Collection[int], slowness: Mapping[int
 
 
 def remedies(
-    straggler: Straggler, seating: Seating, slowness: Mapping[int, float], sequences: int, world_without: int
+    straggler: Straggler,
+    seating: Seating,
+    slowness: Mapping[int, float],
+    work: Work,
+    world_without: int,
+    has_spare: bool = False,
 ) -> list[Remedy]:
     """What makes steps shorter by a twentieth at least, the best first. `slowness`: what is known of all members, this
-    one included. `sequences` of a step are dealt out whole. `world_without`: how many ranks would go on without it."""
+    one included. `world_without`: how many ranks would go on without it."""
     layout, now_s = seating.layout, straggler.step_s
     factors = _by_position(layout, seating.members, slowness)
     others = {member: factor for member, factor in slowness.items() if member != straggler.member}
     without = max(_by_position(layout, seating.members, others), default=1.0)
     loads = loads_of(layout, seating.members, slowness) or (1,) * layout.dp
-    pace_now = _slowest(factors, seating.loads or (1,) * layout.dp, sequences)
-    found = [Remedy(Kind.REBALANCE, now_s * _slowest(factors, loads, sequences) / pace_now)]
+    pace_now = _slowest(factors, work.done(layout.dp, seating.loads))
+    found = [Remedy(Kind.REBALANCE, now_s * _slowest(factors, work.done(layout.dp, loads)) / pace_now)]
+    alike = without * max(work.done(layout.dp))
     if world_without:
-        whole = without * -(-sequences // layout.dp)
-        evicted = now_s * whole / pace_now * layout.world / world_without
-        found.append(Remedy(Kind.EVICT, evicted))
-    if seating.spares:
-        found.append(Remedy(Kind.REPLACE, now_s * without * -(-sequences // layout.dp) / pace_now))
+        found.append(Remedy(Kind.EVICT, now_s * alike / pace_now * layout.world / world_without))
+    if has_spare:
+        found.append(Remedy(Kind.REPLACE, now_s * alike / pace_now))
     worth = [remedy for remedy in found if remedy.step_s < now_s * (1 - LEAST_GAIN)]
     return sorted(worth, key=lambda remedy: remedy.step_s)
 
 
-def _slowest(factors: list[float], loads: tuple[int, ...], sequences: int) -> float:
-    """The longest time of a position, in those that one sequence takes where nobody is slow."""
-    sizes = (cut_by(sequences, loads, index) for index in range(len(loads)))
-    return max(factor * (stop - start) for factor, (start, stop) in zip(factors, sizes, strict=True))
+def _slowest(factors: list[float], done: list[int]) -> float:
+    """The longest time of a position, in those that a unit takes where nobody is slow."""
+    return max(factor * units for factor, units in zip(factors, done, strict=True))

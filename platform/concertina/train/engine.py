@@ -354,7 +354,8 @@ class Engine:
         parts, loads = self.layout.dp, self.share.seating.loads
         shares = [share(range(count), parts, index, whole, loads) for index in range(parts)]
         largest = max(map(len, shares))
-        micro_batch_size = self.job.training.micro_batch_size or (largest if self.job.layout.pp == 1 else whole)
+        alike = len(share(range(count), parts, 0, whole))  # whose loads differ: no micro-batch is larger for that
+        micro_batch_size = self.job.training.micro_batch_size or (alike if self.job.layout.pp == 1 else whole)
         count = math.ceil(largest / micro_batch_size)
         return [[share(ids, count, piece, whole) for ids in shares] for piece in range(count)]
 
