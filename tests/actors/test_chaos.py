@@ -89,6 +89,7 @@ def test_a_node_dies_and_another_comes(
     stage.ends_well(reference, nothing_left)
 
 
+@pytest.mark.soak
 def test_a_frozen_rank_that_thaws_is_nobody(
     start: Start, cluster: LocalCluster, reference: Reference, nothing_left: NothingLeft
 ) -> None:
@@ -337,10 +338,8 @@ def standbys(stage: Stage) -> set[int]:
     return stage.named() - stage.injector.scene().pids.keys()
 
 
-@pytest.mark.parametrize(
-    ("key", "waiting", "number"),
-    [("spares", spares, 1), pytest.param("standbys_per_node", standbys, 2, marks=pytest.mark.soak)],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("key", "waiting", "number"), [("spares", spares, 1), ("standbys_per_node", standbys, 2)])
 def test_who_waits_takes_the_place(
     key: str,
     waiting: Callable[[Stage], set[int]],

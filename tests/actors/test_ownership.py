@@ -90,6 +90,7 @@ def test_killed_coordinator_the_run_goes_on_to_its_end(
     assert in_mlflow(drive) == "FINISHED"
 
 
+@pytest.mark.soak
 def test_killed_before_the_members_had_formed_the_next_one_takes_them_over(
     start: Start, nothing_left: NothingLeft
 ) -> None:
@@ -297,6 +298,7 @@ def test_all_members_killed_it_goes_back_to_its_checkpoint(
     assert in_mlflow(drive) == "FINISHED"
 
 
+@pytest.mark.soak
 def test_killed_member_that_forms_is_replaced(start: Start, cluster: LocalCluster, nothing_left: NothingLeft) -> None:
     """Its peers would wait for it for two minutes."""
     drive = start("--set", "training.steps=20")

@@ -232,6 +232,7 @@ def test_and_gives_up_when_its_bound_is_over(start: Start, nothing_left: Nothing
     nothing_left(drive)
 
 
+@pytest.mark.soak
 def test_a_job_too_large_begins_with_the_members_there_are(
     reference: Drive, start: Start, nothing_left: NothingLeft
 ) -> None:

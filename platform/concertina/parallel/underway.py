@@ -145,13 +145,23 @@ class Several:
         return self._ended
 
     def _finish(self, ended: threading.Event | None = None) -> None:
-        while self._works:
-            try:
-                self._works.pop(0).wait()
-            except RuntimeError as error:
-                self._failure = self._failure or (type(error), str(error))
+        while self._works and self._failure is None:
+            self._wait_for(self._works.pop(0))
+        if self._works:  # each may take as long as the one that failed, from when it is waited for
+            others = [threading.Thread(target=self._wait_for, args=(work,), daemon=True) for work in self._works]
+            self._works.clear()
+            for other in others:
+                other.start()
+            for other in others:
+                other.join()
         if ended is not None:
             ended.set()
+
+    def _wait_for(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._failure = self._failure or (type(error), str(error))
 
     def get_future(self) -> Any:
         raise RuntimeError("not implemented: gloo does not tell of sends and receives")
@@ -163,8 +173,9 @@ def _let_go(left: list[tuple[Any, Any]]) -> None:
 
 
 def _keep(left: list[tuple[Any, Any]]) -> None:
-    """Whoever drops the backend last waits for its threads, and that is to be nobody else."""
-    while not all(work.is_completed() for work, _ in left):
+    """Whoever drops the backend last waits for its threads, and that is to be nobody else. All are looked at each time:
+    gloo's timeout of a send or a receive begins when somebody waits for it."""
+    while [work for work, _ in left if not work.is_completed()]:
         time.sleep(_LET_GO_S)
 
 
