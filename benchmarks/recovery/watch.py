@@ -89,7 +89,7 @@ def document_of(contestant: str, trainer: dict[str, Any], samples: Sequence[dict
         good = [sample for sample in those if sample["recovered"]]
         summary[kind] = {"events": len(those), "recovered": len(good)}
         for name in ("stall_s", "standstill_s", "normal_step_s", "steps_lost", "steps_again"):
-            values = [sample[name] for sample in good]
+            values = [sample[name] for sample in good if sample.get(name) is not None]  # not every kind has all
             summary[kind][name] = {"median": median(values), "most": max(values)} if values else None
     return {
         "contestant": contestant,
