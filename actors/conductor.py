@@ -212,24 +212,29 @@ class Conductor:
 
     def _judge(self) -> None:
         """Fail for what no other member could do better; go on without the members that are lost."""
-        own = [error for error in self.book.errors if not error.hardware]
-        if own:
-            first = own[0]
-            reason = Reason.USER_ERROR if first.exit_code == 2 else Reason.RAISED
-            text = f"member {first.rank} raised {first.kind_of_error}: {first.message}"
-            raise RankFailure(text, rank=first.rank, reason=reason.value, traceback=first.traceback)
-        losses = self.evidence.look(self.regrouping.waits_for_members)
-        known = {loss.member for loss in losses}
-        losses += self.regrouping.late(self.hands.members.keys() - known)
-        known = {loss.member for loss in losses}
-        losses += [loss for loss in self.reach.look(self.evidence.stands_still) if loss.member not in known]
-        losses += [loss for loss in self.pacing.losses() if loss.member in self.hands.members]
-        known = {loss.member for loss in losses}
-        for error in self.book.errors:
-            if error.rank in self.hands.members and error.rank not in known:
-                node = self.hands.members[error.rank].node_id
-                losses.append(Loss(error.rank, node, Reason.HARDWARE, error.message))
-        losses = [self.recruiter.judge(loss) for loss in losses]
+        own = next((error for error in self.book.errors if not error.hardware), None)
+        if own is not None:
+            reason = Reason.USER_ERROR if own.exit_code == 2 else Reason.RAISED
+            text = f"member {own.rank} raised {own.kind_of_error}: {own.message}"
+            raise RankFailure(text, rank=own.rank, reason=reason.value, traceback=own.traceback)
+        members = self.hands.members
+        proven = self.evidence.look(self.regrouping.waits_for_members)
+        said = [
+            *proven,
+            *self.regrouping.late(members.keys() - {loss.member for loss in proven}),
+            *self.reach.look(self.evidence.stands_still),
+            *self.pacing.losses(),
+            *(
+                Loss(error.rank, members[error.rank].node_id, Reason.HARDWARE, error.message)
+                for error in self.book.errors
+                if error.rank in members
+            ),
+        ]
+        first: dict[int, Loss] = {}  # each is lost once, for what is known best
+        for loss in said:
+            if loss.member in members:
+                first.setdefault(loss.member, loss)
+        losses = [self.recruiter.judge(loss) for loss in first.values()]
         for loss in losses:
             if loss.reason.ends_the_run:
                 raise RankFailure(f"member {loss.member}: {loss.text}", rank=loss.member, reason=loss.reason.value)
@@ -259,11 +264,12 @@ class Conductor:
     def _dismiss(self, node: str, members: list[int]) -> None:
         """They have left a node that will go; nothing of the run stays there."""
         log.info("node %s is given back: members %s end", node, members)
+        for member in members:
+            self.journal.forget(member)  # before `dismiss` may write it
         self.regrouping.dismiss(members, "its node is taken back")
         self.accounting.leave(members)
         for member in members:
             self.server.expel(member)
-            self.journal.forget(member)
             self.hands.lose(member)
         self.hands.vacate(node)
         self.journal.write()

@@ -122,7 +122,6 @@ class Regrouping:
     def dismiss(self, members: list[int], why: str) -> None:
         """These end in order: the run can spare them."""
         for member in members:
-            self.journal.pids.pop(member, None)
             self._failures.pop(member, None)
             news = MemberNews(member, MemberWhat.LEFT, self.generations.present.get(member, ""), reason=why)
             self._tell_member(news)

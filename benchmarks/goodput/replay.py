@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,15 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from benchmarks.goodput.trace import Change
 from benchmarks.recovery import faults
-from benchmarks.recovery.ray_train import ROOT
+from benchmarks.recovery.concertina import Run
 from benchmarks.recovery.watch import own_all
 from concertina.errors import UserError
 from concertina.track.events import Event, EventType, read_events
-from concertina.track.run import RunFolder
 from infra.keeper_spec import LOOPBACK
 
 __all__ = ["Market", "Measured", "TimedRun", "job_document", "steady_steps"]
@@ -31,7 +26,7 @@ _STEADY_AFTER = 2  # steps of a generation that are passed over: the first ones 
 _READY_S = 300.0
 
 
-def job_document(text: Path, storage: Path, most: int) -> dict[str, Any]:
+def job_document(text: Path, storage: Path, most: int, layout: dict[str, int]) -> dict[str, Any]:
     """Ranks that wait as long as a device would compute; all that happens beside it is real."""
     return {
         "name": "goodput",
@@ -48,37 +43,26 @@ def job_document(text: Path, storage: Path, most: int) -> dict[str, Any]:
         },
         "data": {"source": str(text), "sequence_length": LENGTH, "tokenizer": {"vocab_size": 512}},
         "training": {"steps": 1_000_000, "global_batch_size": SEQUENCES, "eval_every_steps": 1_000_000},
-        "layout": {"ep": 2},
+        "layout": layout,
         "cluster": {"num_workers": most, "num_nodes": most, "device": "timed", "timed_s_per_token": _S_PER_TOKEN},
         "checkpoint": {"every_steps": 200},
         "elastic": {"max_losses_per_node": 1_000_000},
     }
 
 
-class TimedRun:
+class TimedRun(Run):
     """The driver, and what it has written."""
 
     def __init__(self, folder: Path, address: str, most: int) -> None:
-        self._storage, self._log = folder / "runs", folder / "driver.log"
-        text = folder / "text"
-        text.mkdir()
-        for number, path in enumerate(sorted((ROOT / "platform").rglob("*.py"))):
-            (text / f"{number}.txt").write_text(path.read_text())
-        job = folder / "goodput.yaml"
-        job.write_text(yaml.safe_dump(job_document(text, self._storage, most)))
-        with self._log.open("wb") as log:
-            command = [sys.executable, "-m", "jobs.cli", "train", str(job), "--address", address]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        self._most = most
+        super().__init__(folder, address, {"ep": 2})
 
-    def check(self) -> None:
-        """Raises UserError when the driver has ended."""
-        if self._process.poll() is not None:
-            tail = self._log.read_text(errors="replace")[-4000:]
-            raise UserError(f"concertina train ended with {self._process.returncode}:\n{tail}")
+    def _document(self, text: Path, layout: dict[str, int]) -> dict[str, Any]:
+        return job_document(text, self._storage, self._most, layout)
 
     def events(self) -> list[Event]:
-        found = list(self._storage.glob("goodput-*/events.jsonl"))
-        return list(read_events(RunFolder(found[0].parent).events_file)) if found else []
+        folder = self.folder
+        return [] if folder is None else list(read_events(folder.events_file))
 
     def await_world(self, world: int) -> None:
         """Until so many ranks train. Raises UserError at the bound."""
@@ -90,14 +74,6 @@ class TimedRun:
                 return
             time.sleep(0.5)
         raise UserError(f"no world of {world} within {_READY_S:.0f} s")
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
 
 
 class Market:

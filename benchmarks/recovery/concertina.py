@@ -63,6 +63,11 @@ class Run:
         text.mkdir()
         for path in sorted((ROOT / "platform").rglob("*.py")):
             (text / f"{len(list(text.iterdir()))}.txt").write_text(path.read_text())
+        path = folder / "job.yaml"
+        path.write_text(yaml.safe_dump(self._document(text, layout)))
+        return path
+
+    def _document(self, text: Path, layout: dict[str, int]) -> dict[str, Any]:
         document = job_of_subject().model_dump(mode="json", exclude_unset=True)
         document["data"] |= {"source": str(text), "tokenizer": {"vocab_size": 512}}
         document["training"] |= {"steps": 1_000_000, "eval_every_steps": 1_000_000}
@@ -73,13 +78,11 @@ class Run:
             "checkpoint": {"every_steps": 1_000_000},
             "elastic": {"max_losses_per_node": 1_000_000},
         }
-        path = folder / "recovery.yaml"
-        path.write_text(yaml.safe_dump(document))
-        return path
+        return document
 
     @property
     def folder(self) -> RunFolder | None:
-        found = list(self._storage.glob("recovery-*/events.jsonl"))
+        found = list(self._storage.glob("*/events.jsonl"))
         return RunFolder(found[0].parent) if found else None
 
     def lines(self) -> list[Line]:

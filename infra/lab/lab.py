@@ -240,10 +240,6 @@ class Lab:
     def thaw(self, number: int) -> None:
         _send(self._on(number), signal.SIGCONT)
 
-    def ask_to_end(self, number: int) -> None:
-        """SIGTERM to a host's Ray node, as a supervisor sends it: Ray drains the node first."""
-        os.kill(self._on(number).pid, signal.SIGTERM)
-
     # -- what may happen to links -------------------------------------------------------------------------------------
 
     def cut(self, number: int, others: Iterable[int] | None = None, *, sends: bool = True, hears: bool = True) -> None:

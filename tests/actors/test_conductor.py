@@ -107,6 +107,16 @@ def test_whose_device_fails_is_lost_and_the_run_is_not(judge: Judge) -> None:
     assert judge.losses() == [(1, "hardware")], "once"
 
 
+def test_who_is_lost_for_two_reasons_is_lost_once(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spare that was slow dies in the very turn in which it is given up; what is proven counts."""
+    slow = Loss(1, "node-1", Reason.SLOW, "the others are quicker without it")
+    monkeypatch.setattr(judge.conductor.pacing, "losses", lambda: [slow, Loss(7, "node-7", Reason.SLOW, "gone before")])
+    judge.conductor.evidence.dead[1] = Reason.KILLED
+    judge.conductor._judge()
+    assert judge.losses() == [(1, "killed")]
+    assert judge.hands.members.keys() == {0, 2}
+
+
 def test_what_any_other_member_would_raise_as_well_ends_the_run(judge: Judge) -> None:
     with pytest.raises(RankFailure) as caught:
         judge.fails(1, hardware=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -23,8 +22,10 @@ class FakeSource:
         self.source = source
         self.found: list[Notice] = []
         self.failure: Exception | None = None
+        self.polls = 0
 
     def poll(self) -> list[Notice]:
+        self.polls += 1
         if self.failure is not None:
             raise self.failure
         return self.found
@@ -127,7 +128,7 @@ def test_nothing_that_a_source_or_a_listener_raises_ends_it(monkeypatch: pytest.
     source.found = [NOTICE]
     Lookout([source], tell)
     wait_until(lambda: heard)
-    source.failure = KeyError("nobody thought of that")
-    time.sleep(0.05)
+    source.failure, polls = KeyError("nobody thought of that"), source.polls
+    wait_until(lambda: source.polls > polls + 2)
     source.failure, source.found = None, []
     wait_until(lambda: heard[-1] == [])
