@@ -88,7 +88,7 @@ class Conductor:
         self.address = ray.util.get_node_ip_address()
         self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
         self.server.recorded = self.book.recorded
-        self.hands = Hands(plan, self.server.address, self.journal.next_member)
+        self.hands = Hands(plan, self.server.address, self.journal.give_number)
         notices, home = Notices(), ray.get_runtime_context().get_node_id()
         self.recruiter = Recruiter(plan, self.hands, notices)
         self.evidence = Evidence(self.hands, self.server)
@@ -307,7 +307,6 @@ class Conductor:
     def _welcome(self, member: Member) -> None:
         """It can be seated from now on."""
         self.journal.pids[member.number], self.journal.nodes[member.number] = member.pid, member.node_id
-        self.journal.next_member = self.hands.next_member
         self.regrouping.arrive(member.number, member.node_id)
 
     def _look_at_shortage(self) -> None:

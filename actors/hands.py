@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,9 +81,8 @@ class Reservation:
 class Hands:
     """Everything of a run that lives in Ray besides its coordinator, which listens on `channel`."""
 
-    def __init__(self, plan: RunPlan, channel: tuple[str, int], next_member: int) -> None:
-        self.plan, self.channel = plan, channel
-        self.next_member = next_member
+    def __init__(self, plan: RunPlan, channel: tuple[str, int], give_number: Callable[[], int]) -> None:
+        self.plan, self.channel, self._give_number = plan, channel, give_number
         self.members: dict[int, Member] = {}
         self.standbys: dict[int, Member] = {}  # processes that could be members at once, and have no room of their own
         self.agents: dict[str, Any] = {}
@@ -92,7 +91,7 @@ class Hands:
         self.reservations: list[Reservation] = []
         cluster = plan.job.cluster
         self.bundle = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if plan.device == "cuda" else {})}
-        self._serial = next_member  # names of reservations, never given twice
+        self._serial = 0  # names of reservations, never given twice
 
     # -- room ---------------------------------------------------------------------------------------------------------
 
@@ -181,15 +180,13 @@ class Hands:
         self.agents[node_id] = agent.remote(self.plan.session, elastic.notices, elastic.notice_endpoint)
 
     def _start_member(self, reservation: Reservation) -> None:
-        reservation.held.add(self.next_member)
         inside = PlacementGroupSchedulingStrategy(reservation.group, placement_group_bundle_index=-1)
         cpus, gpus = self.bundle["CPU"], self.bundle.get("GPU", 0)
         room = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": inside}
-        self._start(self.members, reservation.node_id, **room)
+        reservation.held.add(self._start(self.members, reservation.node_id, **room))
 
-    def _start(self, into: dict[int, Member], node_id: str, **room: Any) -> None:
-        number = self.next_member
-        self.next_member += 1
+    def _start(self, into: dict[int, Member], node_id: str, **room: Any) -> int:
+        number = self._give_number()
         environment = ENVIRONMENT if self.plan.device == "cpu" else {}
         actor = ray.remote(Rank).options(
             name=self._member(number),
@@ -202,6 +199,7 @@ class Hands:
         )
         handle = actor.remote(Assignment(self.plan, number, self.channel))
         into[number] = Member(number, node_id, handle).call()
+        return number
 
     def adopt(self, pids: dict[int, int], nodes: dict[int, str]) -> dict[int, Any]:
         """Take over what an earlier coordinator of this session made, and tell it the new channel. Members that are
@@ -224,15 +222,13 @@ class Hands:
         return answers
 
     def _end_unborn(self, known: set[int]) -> None:
-        """Members that were on their way when the coordinator ended know only the former channel. And no number is
-        given twice, no reservation's name."""
+        """Members that were on their way when the coordinator ended know only the former channel."""
         prefix = self._member(0).removesuffix("0")
         for found in ray.util.list_named_actors(all_namespaces=True):
             name = found["name"]
             if found["namespace"] != self.plan.namespace or not name.startswith(prefix):
                 continue
             number = int(name.removeprefix(prefix))
-            self.next_member = max(self.next_member, number + 1)
             if number not in known:
                 try:
                     ray.kill(ray.get_actor(name, self.plan.namespace), no_restart=True)
@@ -244,9 +240,11 @@ class Hands:
         prefix = f"{self.plan.namespace}-{self.plan.session}-"
         inside = sorted(self.members)
         for table in placement_group_table().values():
-            if not table["name"].startswith(prefix) or table["state"] == "REMOVED":
+            if not table["name"].startswith(prefix):
                 continue
             self._serial = max(self._serial, int(table["name"].removeprefix(prefix)))
+            if table["state"] == "REMOVED":
+                continue
             group = get_placement_group(table["name"])
             if table["state"] != "CREATED":
                 remove_placement_group(group)

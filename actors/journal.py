@@ -50,6 +50,12 @@ class Journal:
             document["ledger"],
         )
 
+    def give_number(self) -> int:
+        """For the next member. It is written down before anybody bears it, so no number is given twice."""
+        self.next_member += 1
+        self.write()
+        return self.next_member - 1
+
     def forget(self, member: int) -> None:
         """It is lost; the next `write` says so."""
         self.pids.pop(member, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def hands() -> Hands:
     """Member 1 on node a, with a standby beside it and an agent."""
     job = Job.model_validate({"name": "a"})
     plan = RunPlan("a-1", Path(), Path(), job, Layout(1), "cpu", "session", "token")
-    made = Hands(plan, ("127.0.0.1", 1), 8)
+    made = Hands(plan, ("127.0.0.1", 1), itertools.count(8).__next__)
     made.members = {1: Member(1, "a", None, 11)}
     made.standbys = {7: Member(7, "a", None, 77)}
     agent: Any = object()

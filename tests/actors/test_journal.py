@@ -50,6 +50,9 @@ def test_numbers_are_never_given_twice(path: Path) -> None:
     journal = Journal.open(path, "first")
     assert journal.next_member > max(journal.pids)
     assert journal.last_generation >= max(journal.seatings)
+    given = [journal.give_number(), journal.give_number()]
+    assert Journal.open(path, "first").give_number() == given[-1] + 1, "also when nothing else was written since"
+    assert len({*given, *journal.pids}) == 4
 
 
 def test_what_is_written_replaces_what_was(path: Path) -> None:

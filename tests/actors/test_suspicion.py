@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -39,7 +40,7 @@ class Agent:
 
 def test_an_agent_that_stands_still_is_asked_once_and_its_late_word_counts_nothing(cluster: LocalCluster) -> None:
     plan = RunPlan("a-1", Path(), Path(), Job.model_validate({"name": "a"}), Layout(1), "cpu", "session", "token")
-    hands, agent = Hands(plan, ("127.0.0.1", 1), 8), Agent.remote()  # type: ignore[attr-defined]
+    hands, agent = Hands(plan, ("127.0.0.1", 1), itertools.count(8).__next__), Agent.remote()  # type: ignore[attr-defined]
     pid, _ = ray.get(agent.facts.remote(), timeout=60)
     hands.members, hands.agents = {1: Member(1, "node", None, 11)}, {"node": agent}
     wait_until(lambda: hands.stopped([1]) == {1}, 30)
