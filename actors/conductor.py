@@ -11,18 +11,17 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-
-import ray
 
 from actors.accounting import Accounting
 from actors.assignment import LEASE_EVERY_S, RunPlan
 from actors.book import Book
+from actors.cluster import RayCluster
 from actors.departures import Departures
 from actors.evidence import Evidence
-from actors.gone import GONE
-from actors.hands import Hands, Member, sweep
+from actors.hands import Hands, Member, generations_of
 from actors.journal import Journal
 from actors.last_session import read_last_session
 from actors.pacing import Pacing
@@ -67,13 +66,15 @@ _FOR_REGROUPING = (Prepared, Formed, Halted, TimeSpent)
 class Conductor:
     """One session. `run` returns at its end, `end` gives everything back; `book` and `waiting` may be read any time."""
 
-    def __init__(self, plan: RunPlan, wishes: Wishes) -> None:
+    def __init__(
+        self, plan: RunPlan, wishes: Wishes, cluster: RayCluster, make_hands: Callable[..., Hands] = Hands
+    ) -> None:
         """Raises Busy when somebody else runs this run."""
         self.plan, self.wishes = plan, wishes
         folder = RunFolder(plan.folder)
         self.events = EventLog(folder.events_file, plan.run_id)
         self.journal = Journal.open(folder.journal_file, plan.session)
-        self.journal.cluster = ray.get_runtime_context().gcs_address
+        self.journal.cluster = cluster.name
         past = read_last_session(folder.events_file)
         self.restarted = past.session == plan.session
         if not self.restarted:
@@ -85,18 +86,17 @@ class Conductor:
         self._news: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._wake = threading.Event()
         self.recorder = Recorder(self.book, self._recorded)
-        self.address = ray.util.get_node_ip_address()
-        self.server = ChannelServer(self.address, plan.token, self._heard, self._lost)
+        self.server = ChannelServer(cluster.address, plan.token, self._heard, self._lost)
         self.server.recorded = self.book.recorded
-        self.hands = Hands(plan, self.server.address, self.journal.give_number)
-        notices, home = Notices(), ray.get_runtime_context().get_node_id()
-        self.recruiter = Recruiter(plan, self.hands, notices)
+        self.hands = make_hands(plan, self.server.address, self.journal.give_number)
+        notices = Notices()
+        self.recruiter = Recruiter(plan, self.hands, notices, cluster)
         self.evidence = Evidence(self.hands, self.server)
         self.accounting = Accounting(plan, self.events, self.book, self.hands, self.journal)
         self.regrouping = Regrouping(plan, self.book, self.journal, self.server, self.accounting, notices)
-        self.reach = Reach(self.hands, home)
+        self.reach = Reach(self.hands, cluster)
         self.pacing = Pacing(plan.job, self.book, self.server, self.regrouping)
-        self.departures = Departures(notices, self.book, self.hands, self.regrouping, home, self._dismiss)
+        self.departures = Departures(notices, self.book, self.hands, self.regrouping, cluster, self._dismiss)
         self.sink = MlflowSink(folder, *store_of(folder)).start()
         threading.Thread(target=reconcile_all, args=(folder.storage,), name="reconcile", daemon=True).start()
         self._renewed = time.monotonic()
@@ -336,13 +336,11 @@ class Conductor:
             self.book.state = RunState.WAITING_FOR_CAPACITY
             self.hands.adopt({}, {})  # what was on its way ends, and its numbers and names are used
             self.hands.give_back()
-            sweep(self.plan.namespace)
             return
         answers = self.hands.adopt(members, self.journal.nodes)
         for member in members.keys() - self.hands.members.keys():
             self.journal.forget(member)
-        ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=BOUNDS["ask_ray"].seconds)
-        at_work = {member: _generation(answer) for member, answer in answers.items() if answer in ready}
+        at_work = generations_of(answers)
         self.hands.renew_leases()
         self.regrouping.reattach({m: member.node_id for m, member in self.hands.members.items()}, at_work)
 
@@ -381,15 +379,6 @@ class Conductor:
         if not self.hands.members and self.journal.pids:
             self.hands.adopt(self.journal.pids, self.journal.nodes)
         self.hands.give_back()
-        sweep(self.plan.namespace)
 
     def _close_tracking(self) -> None:
         self.sink.close(BOUNDS["tracking_close"].timedelta)
-
-
-def _generation(answer: Any) -> int:
-    """Which one a member that was asked is at work in; -1 when it has ended since, which `Hands.gone` tells."""
-    try:
-        return int(ray.get(answer))
-    except GONE:
-        return -1

@@ -108,10 +108,11 @@ class Coordinator:
 
     def _conduct(self) -> None:
         _log_to(self.plan.folder)
+        from actors.cluster import RayCluster
         from actors.conductor import Conductor  # torch and mlflow take seconds: polls are answered meanwhile
 
         spare_imports()
-        self._conductor = Conductor(self.plan, self.wishes)
+        self._conductor = Conductor(self.plan, self.wishes, RayCluster())
         self._conductor.run()
 
     def _finish(self, conductor: Conductor) -> None:

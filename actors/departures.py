@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Collection
 
 from actors.book import Book
+from actors.cluster import RayCluster
 from actors.hands import Hands
 from actors.regrouping import Regrouping
 from actors.wishes import Wishes
 from concertina.elastic.notices import UNKNOWN_LEAD_S, Notice, Notices, Source
 from concertina.track.events import EventType
 from concertina.track.recovery import short_node
-from infra.draining import draining_nodes
 
 __all__ = ["Departures"]
 
@@ -38,11 +38,11 @@ class Departures:
         book: Book,
         hands: Hands,
         regrouping: Regrouping,
-        home: str,
+        cluster: RayCluster,
         dismiss: Callable[[str, list[int]], None],
     ) -> None:
         self.notices, self.book, self.hands, self.regrouping = notices, book, hands, regrouping
-        self._home = home  # the node with the coordinator, and with Ray's head
+        self._cluster = cluster
         self._dismiss = dismiss
         self._heard: queue.SimpleQueue[tuple[str, Collection[Source], Collection[Notice]]] = queue.SimpleQueue()
         self._asked_s = 0.0
@@ -63,7 +63,7 @@ class Departures:
             for news in self.notices.hear(node, sources, found, now):
                 log.warning("node %s: %s", short_node(node), news)
                 self.book.event(EventType.NOTICE, self.book.step, node=node, **news.to_json())
-        if self.notices.is_time_to_leave([self._home], now):
+        if self.notices.is_time_to_leave([self._cluster.home], now):
             wishes.hear("the node of Ray's head is taken back")
         free = {node: self._free(node, now) for node in sorted(self.notices.doomed)}  # before the first is dismissed
         for node, members in free.items():
@@ -71,7 +71,7 @@ class Departures:
                 self._dismiss(node, members)
 
     def _ask_ray(self, now: float) -> None:
-        for node, left_s in draining_nodes().items():
+        for node, left_s in self._cluster.draining().items():
             if left_s is None:
                 left_s = max(0.0, self._without_end.setdefault(node, now) + UNKNOWN_LEAD_S - now)
             self.hear(node, [Source.RAY], [Notice(Source.RAY, left_s, "drained")])

@@ -37,7 +37,7 @@ from concertina.elastic.placement import NodeCapacity
 from concertina.elastic.waits import BOUNDS
 from concertina.model.host_memory import ENVIRONMENT
 
-__all__ = ["Hands", "Member", "nodes_now", "sweep"]
+__all__ = ["Hands", "Member", "generations_of", "sweep"]
 
 log = logging.getLogger("concertina.coordinator")
 
@@ -368,7 +368,7 @@ class Hands:
             self.lose_node(node_id)
 
     def give_back(self) -> None:
-        """End members, agents and placement groups. What is gone already is passed over."""
+        """End members, agents and placement groups, also those that nobody wrote down."""
         # Agents first: they kill at once what stands still, Ray takes 5 s over it.
         endings = [agent.end.remote(self._pids(node_id)) for node_id, agent in self.agents.items()]
         if endings:
@@ -378,6 +378,21 @@ class Hands:
         for reservation in list(self.reservations):
             self.release(reservation)
         self.members, self.standbys, self.agents = {}, {}, {}
+        sweep(self.plan.namespace)
+
+
+def generations_of(answers: dict[int, Any]) -> dict[int, int]:
+    """Which one each member that `adopt` asked is at work in, of those that answer in time; -1 when it has ended since,
+    which `Hands.gone` tells."""
+    found = {}
+    ready = _ready(list(answers.values()), BOUNDS["ask_ray"].seconds)
+    for member, answer in answers.items():
+        if answer in ready:
+            try:
+                found[member] = int(ray.get(answer))
+            except GONE:
+                found[member] = -1
+    return found
 
 
 def sweep(namespace: str) -> None:
@@ -394,23 +409,6 @@ def sweep(namespace: str) -> None:
                 remove_placement_group(get_placement_group(table["name"]))
             except ValueError:
                 continue
-
-
-def nodes_now() -> list[NodeCapacity]:
-    """What the living nodes of the cluster have."""
-    free = ray._private.state.available_resources_per_node()
-    return [
-        NodeCapacity(
-            node_id=node["NodeID"],
-            address=node["NodeManagerAddress"],
-            free_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
-            free_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
-            total_cpus=node["Resources"].get("CPU", 0.0),
-            total_gpus=node["Resources"].get("GPU", 0.0),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 _FOR_MEMORY = ("out of memory", "out-of-memory", "memory pressure", "low on memory")

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+import torch._dynamo  # by the first optimizer otherwise, for most of a second, while a join waits
 
 from actors.assignment import Assignment, bell_name
 from actors.link import RankLink
@@ -36,15 +37,16 @@ _GUARD_S = 0.5
 class Rank:
     """The actor of one member. Ray calls it from several threads; the trainer's thread trains."""
 
-    def __init__(self, seat: Assignment) -> None:
-        self.seat = seat
+    def __init__(self, seat: Assignment, address: str = "") -> None:
+        """`address`: of this machine, where Ray is not there to say it."""
+        self.seat, self._address = seat, address or ray.util.get_node_ip_address()
         plan = seat.plan
         stamp = open_member_log(plan.folder / "logs", seat.member, plan.resume_step)
         self._client = ChannelClient(seat.channel, plan.token, seat.member)
         self._link = RankLink(self._client, stamp)
         self._link.progress(plan.resume_step, "waiting for the others")
         torch.set_num_threads(plan.job.cluster.threads_per_worker)
-        self._trainer = Trainer(seat, self._link, ray.util.get_node_ip_address())
+        self._trainer = Trainer(seat, self._link, self._address)
         spare_imports()
         self._client.start(self._trainer.hear)
         self._trainer.start()
@@ -53,8 +55,8 @@ class Rank:
 
     def describe(self) -> dict[str, Any]:
         """Where this member is, once it could take a seat."""
-        address = ray.util.get_node_ip_address()
-        return {"pid": os.getpid(), "address": address, "torch": torch.__version__, "engine": id(self._trainer.engine)}
+        engine = id(self._trainer.engine)
+        return {"pid": os.getpid(), "address": self._address, "torch": torch.__version__, "engine": engine}
 
     def until_end(self) -> None:
         """Never answers. The call breaks when this process ends, and Ray tells its caller at once."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from actors.cluster import RayCluster
 from actors.gone import GONE
 from actors.hands import Hands
 from concertina.elastic.losses import Loss, Reason
@@ -28,10 +29,10 @@ _PAUSE_S = 1.0
 
 
 class Reach:
-    """Of one session. Called by the conductor's thread only. `home` is the coordinator's node."""
+    """Of one session. Called by the conductor's thread only."""
 
-    def __init__(self, hands: Hands, home: str) -> None:
-        self.hands, self._home = hands, home
+    def __init__(self, hands: Hands, cluster: RayCluster) -> None:
+        self.hands, self._cluster = hands, cluster
         self._calls: dict[str, Any] = {}
         self._asked_s = 0.0
         self._before: set[Link] = set()
@@ -55,7 +56,7 @@ class Reach:
 
     def _ask(self, now: float) -> None:
         self._asked_s = now
-        where = {n["NodeID"]: (n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]}
+        where = self._cluster.raylets()
         nodes = {member.node_id for member in self.hands.members.values()} & where.keys() & self.hands.agents.keys()
         if len({where[node][0] for node in nodes}) < 2:
             return  # one machine reaches itself
@@ -78,7 +79,7 @@ class Reach:
         members: dict[str, list[int]] = {}
         for member in self.hands.members.values():
             members.setdefault(member.node_id, []).append(member.number)
-        order = sorted(members, key=lambda node: (node != self._home, -len(members[node]), min(members[node])))
+        order = sorted(members, key=lambda node: (node != self._cluster.home, -len(members[node]), min(members[node])))
         losses = []
         for node in to_leave_out(order, cut):
             others = sorted(short_node(other) for link in cut if node in link for other in link if other != node)

@@ -8,10 +8,9 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 
-from ray.autoscaler.sdk import request_resources
-
 from actors.assignment import RunPlan
-from actors.hands import Hands, nodes_now
+from actors.cluster import RayCluster
+from actors.hands import Hands
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.notices import Notices
 from concertina.elastic.placement import NodeCapacity, place, shortage
@@ -30,8 +29,8 @@ _AS_A_NODE_GOES = frozenset({Reason.KILLED, Reason.NODE, Reason.FROZEN, Reason.D
 class Recruiter:
     """Keeps the number of members at what the job wants. `waiting` says what is missing, for people."""
 
-    def __init__(self, plan: RunPlan, hands: Hands, notices: Notices) -> None:
-        self.job, self.hands, self.notices = plan.job, hands, notices
+    def __init__(self, plan: RunPlan, hands: Hands, notices: Notices, cluster: RayCluster) -> None:
+        self.job, self.hands, self.notices, self._cluster = plan.job, hands, notices, cluster
         self.waiting = ""
         self.wanted = plan.job.cluster.num_workers + plan.job.elastic.spares
         self._looked = self._asked = 0.0
@@ -44,11 +43,11 @@ class Recruiter:
         which it subtracts what its nodes have, and for `beside` more, which those have that the run cannot use. Ranks
         that are placed on nodes that are there make no demand by themselves."""
         self._asked, self._beside = time.monotonic(), beside
-        request_resources(bundles=[dict(self.hands.bundle) for _ in range(self.wanted + beside)])
+        self._cluster.request([dict(self.hands.bundle) for _ in range(self.wanted + beside)])
 
     def withdraw(self) -> None:
         """The run wants nothing any more."""
-        request_resources(bundles=[])
+        self._cluster.request([])
 
     def judge(self, loss: Loss) -> Loss:
         """The same, or that its node was taken back: it was said when, and that time has come."""
@@ -83,7 +82,7 @@ class Recruiter:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
-        nodes = nodes_now()
+        nodes = self._cluster.nodes()
         self.hands.lose_dead_nodes({node.node_id for node in nodes})
         self.hands.settle()
         barred = self.barred

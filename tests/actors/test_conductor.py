@@ -63,11 +63,12 @@ class Judge:
         server.expel = self.expelled.append
         self.channel.heard = {m: Silence(0.0, 5, "step", 0.0) for m in range(3)}
         hands: Any = self.hands
+        cluster: Any = None
         made: Any = Conductor.__new__(Conductor)
         made.book, made.regrouping, made.journal = self.scene.book, self.scene.regrouping, self.scene.journal
         made.accounting, made.server, made.hands = made.regrouping.accounting, server, hands
         made.evidence, made._unexplained = Evidence(hands, server), {}
-        self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands, self.scene.notices)
+        self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands, self.scene.notices, cluster)
         made.reach = SimpleNamespace(look=lambda stands_still: [])
         made.pacing = Pacing(self.scene.plan.job, made.book, server, made.regrouping)
         self.conductor: Conductor = made

@@ -30,10 +30,8 @@ class Drained(Scene):
         self.regrouping.seats.clock = lambda: self.now
         self.members = {m: SimpleNamespace(number=m, node_id=f"node-{m}") for m in range(3)}
         hands: Any = SimpleNamespace(members=self.members)
-        self.departures = Departures(
-            self.notices, self.book, hands, self.regrouping, home="node-0", dismiss=self._dismiss
-        )
-        self.departures._ask_ray = lambda now: None  # type: ignore[method-assign]
+        cluster: Any = SimpleNamespace(home="node-0", draining=dict)
+        self.departures = Departures(self.notices, self.book, hands, self.regrouping, cluster, dismiss=self._dismiss)
         monkeypatch.setattr("actors.departures.time", SimpleNamespace(monotonic=lambda: self.now))
         self.trains()
 
