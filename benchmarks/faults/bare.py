@@ -138,11 +138,10 @@ def _cut(address: tuple[str, int]) -> int:
     """Break this process's connections to an address, as a network does; how many there were."""
     cut = 0
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # no socket, or not connected
-            with socket.socket(fileno=os.dup(descriptor)) as held:
-                if held.getpeername() == address:
-                    held.shutdown(socket.SHUT_RDWR)
-                    cut += 1
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as held:  # no socket, or not connected
+            if held.getpeername() == address:
+                held.shutdown(socket.SHUT_RDWR)
+                cut += 1
     return cut
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 import time
@@ -17,6 +16,7 @@ from actors.conductor import Conductor
 from actors.wishes import Wishes
 from benchmarks.faults.bare import BareCluster, BareHands, Process
 from benchmarks.faults.held import Held
+from benchmarks.faults.subject import BOUND_S, WORLD, Hung, Tail, job_document
 from concertina.config import Job
 from concertina.elastic.states import RunState
 from concertina.errors import ConcertinaError, UserError
@@ -25,62 +25,14 @@ from concertina.track.events import EventType
 from concertina.track.run import RunFolder
 from jobs.preparation import prepare_new
 
-__all__ = ["BOUND_S", "VETERAN", "WORLD", "Hung", "Session", "job_document"]
+__all__ = ["VETERAN", "Session"]
 
-WORLD = 4
 VETERAN = 0
 """The member that nothing strikes: what is left of hundreds of generations is seen in its process."""
-
-BOUND_S = 60.0
-"""Seconds after which a run that is not whole again hangs."""
 
 _POLL_S = 0.02
 _STEPS_OF_REST = 2
 _LOOK_EVERY = 10
-
-
-class Hung(UserError):
-    """The run did not become whole again within the bound."""
-
-
-def job_document(text: Path, storage: Path, layout: dict[str, Any], standbys: int) -> dict[str, Any]:
-    """A model of three layers in float64: rounding is the only thing that may differ, and it is small."""
-    return {
-        "name": "faults",
-        "storage_path": str(storage),
-        "model": {
-            "vocab_size": 288,
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_experts": 12,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "mlp_only_layers": [0],
-            "intermediate_size": 48,
-            "router_bias": True,
-        },
-        "data": {"source": str(text), "sequence_length": 12, "tokenizer": {"vocab_size": 288}},
-        "training": {
-            "steps": 10_000_000,
-            "global_batch_size": 12,
-            "precision": "float64",
-            "learning_rate": 1e-3,
-            "min_learning_rate": 1e-3,
-            "eval_every_steps": 20,
-            "eval_sequences": 6,
-        },
-        "layout": layout,
-        "cluster": {"num_workers": WORLD, "num_nodes": WORLD, "device": "cpu"},
-        "checkpoint": {"every_steps": 40, "keep": 1_000_000},
-        "elastic": {
-            "max_losses_per_node": 1_000_000,
-            "verify_every_steps": 1,
-            "notices": "none",
-            "standbys_per_node": standbys,
-        },
-    }
 
 
 @dataclass
@@ -115,7 +67,7 @@ class Session:
         self.hands = hands
         hands.mourn = self.conductor.mourn
         self.error: BaseException | None = None
-        self._events = _Tail(self.folder.events_file)
+        self._events = Tail(self.folder.events_file)
         self._rested = (-1, 0)
         self._lost: set[int] = set()
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
@@ -215,18 +167,3 @@ class Session:
             found = self.process(VETERAN).ask("held")
             assert found is not None, "the veteran does not answer"
             self.held["member"].append(found)
-
-
-class _Tail:
-    """Whole lines of a file that grows, each once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-
-    def read(self) -> list[dict[str, Any]]:
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
