@@ -55,7 +55,7 @@ class _Run(Run):
         super().__init__(folder, address, {"ep": 2})
 
     def _document(self, text: Path, layout: dict[str, int]) -> dict[str, Any]:
-        return job_document(text, self._storage, layout, standbys=0)
+        return job_document(text, self._storage, layout, standbys=1)
 
 
 class _Struck:
@@ -78,7 +78,8 @@ class _Struck:
         own_all()  # ray.init brings a handler of SIGTERM
         self.injector: Injector = Injector(self.folder, access, lambda strike: None)
         self._tail = Tail(self.folder.events_file)
-        self.lost: set[int] = set()
+        self.ready: set[int] = set()
+        self._gone: set[int] = set()
         self.pids: dict[int, float] = {}  # of members there ever were, and when they began
         self._step = self._whole_since = 0
 
@@ -94,8 +95,14 @@ class _Struck:
                 self._whole_since = self._step
             elif event["type"] == EventType.ROLLBACK:
                 self._step = self._whole_since = event["data"]["to_step"]
-            elif event["type"] == EventType.MEMBER and event["data"]["what"] == "lost":
-                self.lost.add(event["data"]["member"])
+            elif event["type"] == EventType.MEMBER:
+                who = self.ready if event["data"]["what"] == "ready" else self._gone
+                who.add(event["data"]["member"])
+
+    @property
+    def lost(self) -> set[int]:
+        """Of those that could take a seat: one that was to begin on a node that had just gone is lost as well."""
+        return self.ready & self._gone
 
     @property
     def scene(self) -> Scene:
@@ -104,22 +111,20 @@ class _Struck:
     def await_whole(self, gone: Sequence[int] = (), coordinator: int = 0) -> None:
         """Until all ranks train again, `gone` are no members any more, and another process is the coordinator. Raises
         Hung at the bound, and what ended the run."""
-        deadline, begin = time.monotonic() + BOUND_S, self._now() + _STEPS_OF_REST
+        self._look()
+        deadline, begin = time.monotonic() + BOUND_S, self._step + _STEPS_OF_REST
         while True:
             self.run.check()
+            self._look()
             scene = self.scene
             full = len(scene.pids) == WORLD == len(scene.ranks) and not set(gone) & scene.pids.keys()
             full &= set(gone) <= self.lost and scene.coordinator != coordinator
-            if full and self._now() >= max(begin, self._whole_since + _STEPS_OF_REST):
+            if full and self._step >= max(begin, self._whole_since + _STEPS_OF_REST):
                 self._remember(scene)
                 return
             if time.monotonic() > deadline:
                 raise Hung(f"not whole without {sorted(gone)} within {BOUND_S:.0f} s: step {self._step}, {scene}")
             time.sleep(_POLL_S)
-
-    def _now(self) -> int:
-        self._look()
-        return self._step
 
     def _remember(self, scene: Scene) -> None:
         for pid in scene.pids.values():
@@ -131,6 +136,12 @@ class _Struck:
     def left(self) -> int:
         """Processes of members that are there still."""
         return sum(is_alive(pid, began) for pid, began in self.pids.items())
+
+    def leave(self) -> None:
+        """The cluster, which goes on."""
+        import ray
+
+        ray.shutdown()
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -215,10 +226,12 @@ def through_ray(folder: Path, faults: int, seed: int) -> Found:
                 print(f"Ray: {number + 1} faults", file=sys.stderr, flush=True)
     except UserError as error:
         found.broken_off = str(error)
+        print(f"Ray: broken off: {error}", file=sys.stderr, flush=True)
     session = str(json.loads(struck.folder.journal_file.read_text())["session"])
     run.stop()
     found.left = struck.left + count_bells(session)
     losses = found.read(list(read_events(struck.folder.events_file)))
+    struck.leave()
     nodes.shutdown()
     if not found.broken_off:
         found.deviation = _again(struck.folder, losses)

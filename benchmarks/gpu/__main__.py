@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -34,7 +35,10 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
 
     from benchmarks.gpu.clock import clock_of, peak_flops, product_flops
     from benchmarks.gpu.shapes import work_of
+    from benchmarks.gpu.stack import stack
 
+    measured_on = stack()
+    print(measured_on, file=sys.stderr)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     toy = device.type != "cuda"
     if toy:
@@ -46,6 +50,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     facts = {
         "device": "cpu, toy" if toy else torch.cuda.get_device_name(device),
         "toy": toy,
+        "stack": measured_on,
         "peak_tflops": peak / 1e12 if peak else None,
         "layers": {},
     }
@@ -219,6 +224,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write. Exit code 2 for a dirty tree."""
     options = _options(arguments)
+    os.environ.setdefault("TORCH_DIST_USE_NCCL2", "0")  # from torch 2.15 on nccl would be another backend than ours
     try:
         measured = refuse_dirty_tree(options.allow_dirty)
         rows, facts = measure(options)

@@ -31,6 +31,7 @@ def settings(timeout: timedelta) -> dict[str, str]:
         "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
         "TORCH_NCCL_PROPAGATE_ERROR": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_DIST_USE_NCCL2": "0",  # from torch 2.15 on the name nccl is another backend's; ours is this one
         "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
         "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout.total_seconds()))),
     }

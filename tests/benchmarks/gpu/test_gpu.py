@@ -15,6 +15,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.clock import peak_flops
 from benchmarks.gpu.ours import Ours, balanced_choice
 from benchmarks.gpu.shapes import SHAPES, layers_that_fit, with_layers, work_of
+from benchmarks.gpu.stack import refuse_unknown_torch
 from benchmarks.gpu.theirs import Theirs
 from concertina.errors import UserError
 from concertina.model.router import Router
@@ -124,3 +125,18 @@ def test_a_peak_is_given_or_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cuda"), None) == 756e12
     with pytest.raises(UserError, match="Something new: pass --peak-tflops"):
         peak_flops(torch.device("cuda"), None)
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.15.1+cu130"])
+def test_torch_it_was_written_for(version: str) -> None:
+    refuse_unknown_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.16.0.dev20261101", "3.0.0"])
+def test_another_torch_is_refused(version: str) -> None:
+    with pytest.raises(UserError, match=rf"torch {version}: this was written for 2\.11 to 2\.15"):
+        refuse_unknown_torch(version)
+
+
+def test_what_is_measured_is_written_down(document: dict[str, Any]) -> None:
+    assert document["config"]["stack"].startswith(f"torch {torch.__version__}, ")
