@@ -120,7 +120,8 @@ class Book:
         with self._mutex:
             self.event(EventType.ROLLBACK, self.step, to_step=step)
             self.step = step
-            self._written |= {EventType.STEP: step, EventType.EVAL: step}
+            checkpoint = min(step, self.newest_checkpoint())  # one that was found damaged does not count
+            self._written |= {EventType.STEP: step, EventType.EVAL: step, EventType.CHECKPOINT: checkpoint}
 
     @property
     def recorded(self) -> int:

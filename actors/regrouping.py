@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from actors.accounting import Accounting
@@ -19,9 +18,10 @@ from actors.assignment import RunPlan
 from actors.book import Book
 from actors.change import Change
 from actors.journal import Journal
+from actors.restoring import Restoring
 from concertina.elastic.channel.server import ChannelServer, Silence
 from concertina.elastic.doubts import Doubts
-from concertina.elastic.generations import Coming, Generations, Order, OrderKind, Restore
+from concertina.elastic.generations import Coming, Generations, Order, OrderKind
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Control, Formed, Halt, Halted, Keep, Message, Pause, Prepare, Prepared, encode
 from concertina.elastic.notices import Notices
@@ -31,7 +31,6 @@ from concertina.elastic.waits import BOUNDS
 from concertina.errors import RankFailure
 from concertina.layout import Seating
 from concertina.parallel.groups import make_store
-from concertina.state.manifest import give_up_partial, list_checkpoints, read_manifest
 from concertina.track.events import EventType
 from concertina.track.recovery import MemberNews, MemberWhat
 
@@ -59,6 +58,7 @@ class Regrouping:
         self.plan, self.book, self.journal, self.server, self.accounting = plan, book, journal, server, accounting
         self.address = server.address[0]
         self._doubts = Doubts()
+        self._restoring = Restoring(plan, book)
         self.seats = Seats(plan.job, self._doubts, notices)
         self.generations = Generations(self.seats, first=plan.generation)
         self.expected = 0  # members that are about to arrive
@@ -170,6 +170,8 @@ class Regrouping:
     def look(self) -> None:
         """Begin what is due without anything having happened."""
         generations, now = self.generations, time.monotonic()
+        if self._restoring.is_over:
+            self._go_back()
         if (not generations.possible and generations.coming is None) or generations.shortage:
             if self._enough(now):
                 self._begin_anew()
@@ -330,7 +332,7 @@ class Regrouping:
                 case OrderKind.KEEP:
                     self._keep(order)
                 case OrderKind.RESTORE:
-                    self._restore()
+                    self._restore(order.number)
         if self.generations.shortage is not None:
             self._deadline = None
             for member in self.generations.present:
@@ -402,7 +404,7 @@ class Regrouping:
         self._write_journal()  # its number is used, and what members said before says nothing afterwards
         self._tell(order, Keep(order.number, move.source, move.present, move.step, move.totals))
 
-    def _restore(self) -> None:
+    def _restore(self, number: int) -> None:
         """Nobody has the whole state: the newest checkpoint, or the beginning. But first with those that were left out
         and may have some of it."""
         reports, possible = self.generations.reports.values(), self.generations.possible
@@ -411,20 +413,19 @@ class Regrouping:
             self._doubts.settle(left_out)
             self._do(self.generations.begin())
             return
-        self.book.catch_up()
-        give_up_partial(self.plan.checkpoints)
-        found = list_checkpoints(self.plan.checkpoints)
-        if not self.generations.possible and self.plan.resume_from is None and not found:
-            self._do(self.generations.restore(Restore()))
+        self._expect("load")
+        if self._restoring.begin(number):
+            self._go_back()
+
+    def _go_back(self) -> None:
+        restore = self._restoring.answer(self.generations.coming)
+        if restore is None:
             return
-        folder = Path(found[-1]) if found else self.plan.resume_from
-        step = read_manifest(folder).step if folder is not None else 0
         if self.generations.possible:
-            if self.book.step > step:
-                log.warning("the state is not complete among who is left: back to step %d", step)
-            self.server.recorded = min(step, self.server.recorded)
-            self._stand(step)
-        restore = Restore(None if folder is None else str(folder), step)
+            if self.book.step > restore.step:
+                log.warning("the state is not complete among who is left: back to step %d", restore.step)
+            self.server.recorded = min(restore.step, self.server.recorded)
+            self._stand(restore.step)
         self._do(self.generations.restore(restore))
 
     def _write_journal(self) -> None:

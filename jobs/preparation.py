@@ -101,16 +101,14 @@ def forget(prepared: Prepared) -> None:
 
 
 def _newest_sound(checkpoints: list[Path]) -> Path:
-    from concertina.state.manifest import verify
+    from concertina.state.sound import newest_sound
 
-    for folder in reversed(checkpoints):
-        try:
-            verify(folder)
-        except CheckpointError as error:
-            print(f"warning: {error}; {folder.name} is passed over", file=sys.stderr)
-        else:
-            return folder
-    raise CheckpointError(f"none of {len(checkpoints)} checkpoints in {checkpoints[0].parent} is sound")
+    found, damaged = newest_sound(checkpoints)
+    for folder, why in damaged:
+        print(f"warning: {why}; {folder.name} is passed over", file=sys.stderr)
+    if found is None:
+        raise CheckpointError(f"none of {len(checkpoints)} checkpoints in {checkpoints[0].parent} is sound")
+    return found
 
 
 def _refuse_another_model(checkpoint: Path, job: Job) -> None:

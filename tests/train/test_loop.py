@@ -397,3 +397,31 @@ def test_a_mixture_tells_each_source(tmp_path: Path) -> None:
     assert list(told.by_source) == list(MIXED)
     assert told.loss == sum(MIXED[name][0] * loss for name, loss in told.by_source.items())
     assert loop.records[10]["validation_by_source"] == told.by_source
+
+
+def spoilt_before_a_roll_back(rank: int, store: Any, job: Job, root: Path) -> list[int]:
+    """Ranks that share the reading: only one of them sees that a file of the newest checkpoint is damaged."""
+    engine = engine_on(job, Layout(2, ep=2), rank, store)
+    loop = Loop(engine, root, Recorder(root, {8: REGROUP}))
+    loop.sit(0)
+    loop.run()
+    engine.settle()
+    loop.saver.wait()
+    store.set(f"written{rank}", "")
+    store.wait(["written0", "written1"])
+    newest = list_checkpoints(root)[-1]
+    if rank == 0:
+        victim = sorted(newest.glob("*.safetensors"))[1]
+        content = bytearray(victim.read_bytes())
+        content[-5] ^= 4
+        victim.write_bytes(content)
+    store.set(f"spoilt{rank}", "")
+    store.wait(["spoilt0", "spoilt1"])
+    assert loop._roll_back(8)
+    return [read_manifest(newest.with_name("step-00000003")).step, engine.applied, int(newest.exists())]
+
+
+def test_a_roll_back_passes_over_a_checkpoint_that_is_damaged(tmp_path: Path) -> None:
+    job = tiny_job(training__anomaly={"nonfinite": "roll_back"}, checkpoint__every_steps=3)
+    for found in run_distributed(spoilt_before_a_roll_back, 2, job, tmp_path):
+        assert found == [3, 3, 0]

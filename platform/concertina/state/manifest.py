@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "checkpoint_folder",
     "commit",
+    "discard",
     "discard_after",
     "list_checkpoints",
     "partial_folder",
@@ -36,6 +37,7 @@ __all__ = [
     "read_manifest",
     "record_file",
     "record_part",
+    "step_of",
     "sync",
     "verify",
 ]
@@ -87,6 +89,11 @@ class Manifest(_Record):
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Where the complete checkpoint of a step lies."""
     return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Whose `checkpoint_folder` it is."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def partial_folder(root: Path, step: int, generation: int) -> Path:
@@ -190,10 +197,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
-    """Read every byte. Raises CheckpointError naming the first file that is missing, short or altered."""
+def verify(folder: Path, reader: int = 0, readers: int = 1) -> Manifest:
+    """Read every byte, or what is this reader's share where several do. Raises CheckpointError naming the first file
+    that is missing, short or altered."""
     manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
+    for name, record in list(manifest.files.items())[reader::readers]:
         path = folder / name
         if not path.exists():
             raise CheckpointError(f"{path}: missing", file=name)
@@ -240,6 +248,11 @@ def discard_after(root: Path, step: int) -> list[Path]:
     gone = sorted([*later, *root.glob(".step-*"), *root.glob(f"{_GIVEN_UP}*")])
     _remove(gone)
     return gone
+
+
+def discard(folder: Path) -> None:
+    """Remove one that is damaged, or its step could not be written again."""
+    _remove([folder])
 
 
 def _remove(folders: list[Path]) -> None:

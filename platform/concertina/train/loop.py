@@ -7,6 +7,7 @@ begins one, `run` trains until the end or until the generation is over.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,14 +28,16 @@ from concertina.elastic.messages import (
     RolledBack,
 )
 from concertina.elastic.timesheet import Timesheet
-from concertina.errors import RankFailure
+from concertina.errors import CheckpointError, RankFailure
 from concertina.parallel.collectives import all_reduce_sum
 from concertina.parallel.groups import SECONDS
-from concertina.state.manifest import Part, checkpoint_folder, list_checkpoints, read_manifest
+from concertina.state.manifest import Part, checkpoint_folder, discard, list_checkpoints, step_of, verify
 from concertina.state.saver import Saver
 from concertina.train.engine import Engine, StepResult
 
 __all__ = ["CHECKPOINT", "REGROUP", "STOP", "Link", "Loop", "Overtaken"]
+
+log = logging.getLogger("concertina.rank")
 
 STOP, CHECKPOINT, REGROUP = 1, 2, 4  # bits of the control word
 _MOST_RECORDS = 10_000
@@ -282,7 +285,7 @@ class Loop:
         """Load the newest complete checkpoint and mark the bad step to be skipped; False when there is none."""
         self.link.progress(self.engine.applied, "loading")  # until the next step: storage may take its time
         self.saver.wait()
-        to_step = self._newest_checkpoint()
+        to_step = self._newest_sound()
         if to_step is None:
             return False
         self.engine.load(checkpoint_folder(self.root, to_step), bad_step)
@@ -295,11 +298,25 @@ class Loop:
         self._clock.lap()
         return True
 
-    def _newest_checkpoint(self) -> int | None:
-        """The first rank looks and all hear the same answer: others may see storage later than it does."""
-        found = -1
-        if self.first and (complete := list_checkpoints(self.root)):
-            found = read_manifest(complete[-1]).step
-        heard = torch.tensor([float(found if self.first else 0)], dtype=torch.float64, device=self.engine.device)
-        step = int(all_reduce_sum(heard, self.engine.groups.world).finish().item())
-        return step if step >= 0 else None
+    def _newest_sound(self) -> int | None:
+        """The first rank says which there are, newest first: others may see storage later than it does. All read their
+        share of the files, and one in which anybody finds damage is passed over, by all."""
+        there = [step_of(folder) for folder in list_checkpoints(self.root)] if self.first else []
+        world = self.engine.groups.world
+        while (step := self._sum((there.pop() if there else -1) if self.first else 0)) >= 0:
+            folder, damage = checkpoint_folder(self.root, step), 0
+            try:
+                verify(folder, world.rank, world.size)
+            except (CheckpointError, OSError) as error:
+                log.warning("%s; %s is passed over", error, folder.name)
+                damage = 1
+            if not self._sum(damage):
+                return step
+            if self.first:
+                discard(folder)
+        return None
+
+    def _sum(self, number: int) -> int:
+        """Over the ranks."""
+        given = torch.tensor([float(number)], dtype=torch.float64, device=self.engine.device)
+        return int(all_reduce_sum(given, self.engine.groups.world).finish().item())
