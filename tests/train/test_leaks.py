@@ -5,8 +5,6 @@ Members change seats again and again: a planned change, one of them a spare, a s
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import random
 import threading
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.held import bytes_in_use
 from concertina.layout import Layout, Seating
 from concertina.model.host_memory import keep_freed_memory
 from concertina.parallel.failures import is_communication_failure
@@ -96,22 +95,6 @@ def many_generations(rank: int, store: Any, steps: int, count: int) -> dict[str,
         "in_use": in_use,
         "completed": len(life.completed),
     }
-
-
-class _Mallinfo(ctypes.Structure):
-    """glibc's mallinfo2: counts of bytes, over all arenas."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")]
-    _fields_ += [(name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
-
-
-def bytes_in_use() -> int:
-    """What is allocated, without the holes that the heap has: their size wanders."""
-    gc.collect()
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _Mallinfo
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
 
 
 def growth(in_use: list[tuple[int, int]], count: int) -> float:
