@@ -20,7 +20,7 @@ help:
 	@echo 'make test     set up, then run the tests; ARGS="tests/layout -x"'
 	@echo 'make setup    a virtual environment in .venv and nothing else; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make lint     ruff, mypy, import-linter'
-	@echo 'make soak     the long tests'
+	@echo 'make soak     the long tests, then 2,200 faults: two hours and more'
 	@echo 'make clean    delete .venv and caches; runs/ stays'
 
 setup: $(STAMP)
@@ -36,6 +36,7 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	@$(PYTEST) -m soak $(ARGS)
+	@$(BIN)/python -m benchmarks.faults --allow-dirty -o $(VENV)/faults.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check --no-cache .

@@ -128,6 +128,20 @@ def node_taken_back(session: Session, random: Random) -> set[int]:
     return set()
 
 
+def notice_while_others_recover(session: Session, random: Random) -> set[int]:
+    """One is killed, and in the change that follows a node is told that it will be taken back."""
+    leaves, dies = random.sample(session.mortal, 2)
+    node = session.hands.members[leaves].node_id
+    session.process(dies).send(signal.SIGKILL)
+    time.sleep(random.uniform(0, 0.2))
+    session.cluster.add()
+    session.conductor.departures.hear(node, [Source.AWS], [Notice(Source.AWS, _LEAD_S, "terminate")])
+    session.await_whole({leaves, dies})
+    session.cluster.remove(node)
+    session.conductor.departures.hear(node, [Source.AWS], [])
+    return {dies}
+
+
 def notice_taken_back(session: Session, random: Random) -> set[int]:
     """Before anybody has left for it."""
     node = session.hands.members[random.choice(session.mortal)].node_id
@@ -159,6 +173,7 @@ DEEDS: dict[Strike, int] = {
     cut_off_for_a_moment: 6,
     bit_flipped: 5,
     node_taken_back: 2,
+    notice_while_others_recover: 2,
     notice_taken_back: 2,
 }
 """How often each comes, in a hundred or so."""

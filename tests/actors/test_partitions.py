@@ -3,6 +3,7 @@ off nobody when it comes back? On the lab's hosts, each with a network of its ow
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -151,6 +152,19 @@ def test_power_lost_frozen_and_slow(drive: Drive, lab: Lab, reference: Reference
     newest = list(drive.steps())[-1]
     drive.wait(lambda: list(drive.steps())[-1] > newest + 10, BOUND_S)
     assert len(drive.recoveries()) == count, "who is only slow is waited for"
+    ends_well(drive, reference)
+
+
+def test_a_machine_that_is_shut_down_hands_over_first(drive: Drive, lab: Lab, reference: Reference) -> None:
+    """SIGTERM to `ray start`, as a machine's shutdown sends it: Ray drains the node, and its member leaves in order."""
+    count = len(drive.recoveries())
+    os.kill(lab.hosts[3].pid, signal.SIGTERM)
+    goes_on(drive, count, 3)
+    assert drive.recoveries()[count].cause.reason == "notice"
+    wait_until(lambda: not lab.hosts[3].is_on, 60)
+    assert drive.lost() == {}
+    lab.boot(3)
+    goes_on(drive, count + 1, 4)
     ends_well(drive, reference)
 
 

@@ -72,6 +72,25 @@ def test_and_so_it_is_whenever_it_begins(factor: float) -> None:
         assert [straggler.member for straggler in paces.stragglers()] == [12], begins
 
 
+@pytest.mark.parametrize("ramp_steps", [60, 240, 1000])
+def test_one_that_grows_hot_is_found_within_twenty_steps_of_where_it_counts(ramp_steps: int) -> None:
+    """By a little more with every step, up to 1.6 times; a fifth more is what counts, and it is found by 1.3."""
+    paces, chance, at_s = Paces(seated(Layout(4)), WORK), Random(7), 0.0
+    busy = dict.fromkeys(range(10, 14), 0.0)
+    for step in range(1, ramp_steps + 40):
+        factor = 1 + 0.6 * min(1.0, step / ramp_steps)
+        spent = {m: 0.25 * chance.uniform(1, 1.02) * (factor if m == 12 else 1.0) for m in busy}
+        at_s += max(spent.values())
+        for member, seconds in spent.items():
+            busy[member] += seconds
+            paces.hear(member, Pace(step, busy[member], at_s))
+        if paces.stragglers():
+            break
+    assert [straggler.member for straggler in paces.stragglers()] == [12]
+    assert factor > 1.15, "not before it matters"
+    assert step <= ramp_steps / 2 + 20
+
+
 @pytest.mark.parametrize("noise", [0.05, 0.3, 1.0])
 def test_nobody_is_found_where_all_are_alike(noise: float) -> None:
     """Ten thousand steps of eight members, each up to twice as long as another."""
