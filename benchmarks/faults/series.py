@@ -63,8 +63,9 @@ def _one(folder: Path, layout: dict[str, Any], faults: int, seed: int, standbys:
                 session.look(number)
                 if (number + 1) % _SAY_EVERY == 0:
                     print(f"{name}: {number + 1} faults, step {session.step}", file=sys.stderr, flush=True)
-    except UserError as error:
-        found.broken_off = str(error)
+    except Exception as error:  # noqa: BLE001 - hours of faults are not lost for one; it counts as a run that hangs
+        found.broken_off = str(error) if isinstance(error, UserError) else repr(error)
+        print(f"{name}: broken off: {found.broken_off}", file=sys.stderr, flush=True)
     losses = found.read(list(read_events(session.folder.events_file)))
     found.held = session.held
     found.left = _members() + count_bells(session.plan.session)

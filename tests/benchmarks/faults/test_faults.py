@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults import deeds
 from benchmarks.faults.__main__ import rows_of
 from benchmarks.faults.deeds import DEEDS, bit_flipped, killed, stopped_for_a_moment
 from benchmarks.faults.found import Deviation, Found, Leak, Strike, count_flaws, leaks_of, standing
 from benchmarks.faults.held import Held
 from benchmarks.faults.proof import again
 from benchmarks.faults.session import VETERAN, Session
-from benchmarks.faults.subject import WORLD, corpus_of
+from benchmarks.faults.subject import WORLD
 from concertina.track.events import Event, EventType, read_events
 
 
@@ -85,8 +86,10 @@ def test_what_another_process_found_arrives() -> None:
 
 @pytest.mark.dist
 def test_members_without_ray_are_struck_and_nothing_is_lost(tmp_path: Path) -> None:
-    random, lost = Random(3), set[int]()
-    with Session(tmp_path / "runs", corpus_of(tmp_path), {"tp": 2, "ep": 2}, standbys=1) as session:
+    random, lost, text = Random(3), set[int](), tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text(Path(deeds.__file__).read_text())
+    with Session(tmp_path / "runs", text, {"tp": 2, "ep": 2}, standbys=1) as session:
         session.await_whole()
         for deed in (killed, stopped_for_a_moment, bit_flipped):
             expected = deed(session, random)
