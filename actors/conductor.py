@@ -264,14 +264,30 @@ class Conductor:
     def _dismiss(self, node: str, members: list[int]) -> None:
         """They have left a node that will go; nothing of the run stays there."""
         log.info("node %s is given back: members %s end", node, members)
+        self._part_with(members, "its node is taken back")
+        self.hands.vacate(node)
+
+    def _send_home(self) -> None:
+        """Another was asked for in the place of one whose node was to go, and stays after all: who has no rank, and is
+        more than is wanted, ends."""
+        surplus, generations = self.recruiter.surplus, self.regrouping.generations
+        seating = generations.seating
+        if surplus <= 0 or seating is None or not generations.is_settled:
+            return
+        if seating.layout.world == self.plan.job.cluster.num_workers:
+            idle = [m.number for m in self.hands.members.values() if m.pid and seating.rank_of(m.number) is None]
+            self._part_with(sorted(idle)[:surplus], "one too many")
+
+    def _part_with(self, members: list[int], why: str) -> None:
+        """They end in order."""
         for member in members:
             self.journal.forget(member)  # before `dismiss` may write it
-        self.regrouping.dismiss(members, "its node is taken back")
+        if members:
+            self.regrouping.dismiss(members, why)
         self.accounting.leave(members)
         for member in members:
             self.server.expel(member)
             self.hands.lose(member)
-        self.hands.vacate(node)
         self.journal.write()
 
     def _obey(self) -> None:
@@ -301,6 +317,7 @@ class Conductor:
                 self.journal.write()
         if born:
             self.hands.renew_leases()  # an agent ends nobody it was not told of
+        self._send_home()
         self.accounting.look()
         self.regrouping.expected = sum(1 for member in self.hands.members.values() if not member.pid)
 

@@ -100,6 +100,11 @@ class Recruiter:
         self._recruit(missing + self._barred_room(barred), usable, barred)
 
     @property
+    def surplus(self) -> int:
+        """Members that are there or on their way beyond those that are wanted."""
+        return len(self.hands.members) - self.wanted - self._leaving
+
+    @property
     def _leaving(self) -> int:
         """Members on nodes that will go: others are wanted in their place, before they have left."""
         return sum(member.node_id in self.notices.doomed for member in self.hands.members.values())

@@ -280,8 +280,7 @@ class Regrouping:
         if there >= cluster.num_workers or (self.asked_to_stop and self.holds_state):
             return True
         gathered = self._unseated_since is not None and now - self._unseated_since > BOUNDS["gather"].seconds
-        shortage = self.generations.shortage
-        if shortage is not None:
+        if self.generations.shortage is not None:
             gathered = gathered or self.expected == 0
         return gathered and there >= self.plan.job.elastic.min_workers and there > 0
 
@@ -379,7 +378,8 @@ class Regrouping:
         self._write_journal()  # before anybody can have adopted it
         saved = max(self.book.newest_checkpoint(), self.plan.resume_step)
         evaluated = max(order.move.evaluated, self.plan.resume_step if order.move.source is None else 0)
-        self._tell(order, replace(order.move, saved=saved, evaluated=evaluated))
+        leaving = sorted(self.seats.leaving(self.generations.present))
+        self._tell(order, replace(order.move, saved=saved, evaluated=evaluated, leaving=leaving))
         self._expect("load" if order.move.source is None else "form")
 
     def _stand(self, step: int) -> None:

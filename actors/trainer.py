@@ -217,7 +217,7 @@ class Trainer:
         log.info("generation %d: %s", move.generation, ", ".join(f"{k} {v:.3f}" for k, v in seconds.items()))
         self.link.send(Formed(self.seat.member, move.generation, move.step, seconds, moved))
         if coming.share is None:
-            self.loop.sheet.enter(Bucket.SPARE)
+            self.loop.sheet.enter(Bucket.DRAINING if self.seat.member in move.leaving else Bucket.SPARE)
         self._say_time()
 
     def _bring_up(self, move: Move | Keep) -> None:

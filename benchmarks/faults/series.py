@@ -31,8 +31,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"cp": 2, "tp": 2, "ep": 4},
     {"pp": 2, "cp": 2},
 ]
-_STANDBYS = (1, 0)
-"""Of a session and the one after it: with a process in reserve a killed member's seat is taken at once."""
+_STANDBYS = (1, 1, 1, 0)
+"""Of sessions in turn: with a process in reserve a killed member's seat is taken at once."""
 
 _MOST_PAUSE_S = 0.2
 _SAY_EVERY = 25

@@ -19,7 +19,7 @@ from ray.util import list_named_actors
 
 from actors.assignment import agent_name, member_name
 from actors.injector import Injector, Strike
-from concertina.elastic.account import Bucket
+from concertina.elastic.account import Account, Bucket
 from concertina.elastic.chaos import parse
 from concertina.layout import Seating
 from concertina.state.manifest import list_checkpoints, read_manifest
@@ -169,12 +169,17 @@ class Stage:
         self._balances()
         left(self.drive)
 
-    def _balances(self) -> None:
-        """Every second of every member that there ever was has its bucket."""
+    def account(self) -> Account:
+        """Where members' time went."""
         tally = LedgerTally()
         for event in self.drive.events():
             tally.add(event)
         account = tally.total()
         assert account is not None
+        return account
+
+    def _balances(self) -> None:
+        """Every second of every member that there ever was has its bucket."""
+        account = self.account()
         assert account.members >= len(self.drive.lost())
         assert account.is_balanced, (account.imbalance, account.share(Bucket.OTHER), account.to_json())

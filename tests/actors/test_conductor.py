@@ -67,7 +67,7 @@ class Judge:
         made: Any = Conductor.__new__(Conductor)
         made.book, made.regrouping, made.journal = self.scene.book, self.scene.regrouping, self.scene.journal
         made.accounting, made.server, made.hands = made.regrouping.accounting, server, hands
-        made.evidence, made._unexplained = Evidence(hands, server), {}
+        made.evidence, made._unexplained, made.plan = Evidence(hands, server), {}, self.scene.plan
         self.recruiter = made.recruiter = Recruiter(self.scene.plan, hands, self.scene.notices, cluster)
         made.reach = SimpleNamespace(look=lambda stands_still: [])
         made.pacing = Pacing(self.scene.plan.job, made.book, server, made.regrouping)
@@ -106,6 +106,29 @@ def test_whose_device_fails_is_lost_and_the_run_is_not(judge: Judge) -> None:
     (recovery,) = judge.scene.events(EventType.RECOVERY)
     assert (recovery.data["cause"]["reason"], recovery.data["cause"]["member"]) == ("hardware", 1)
     assert judge.losses() == [(1, "hardware")], "once"
+
+
+def test_who_is_one_too_many_is_sent_home_once_all_ranks_are_there(judge: Judge) -> None:
+    """Its node was to be taken back, another came in its place, and it stays after all."""
+    judge.hands.members[3] = Member(3, "node-3", None, pid=103)
+    judge.scene.arrive(3)
+    judge.conductor._send_home()
+    assert judge.hands.members.keys() == {0, 1, 2}
+    assert judge.expelled == [3]
+    (left,) = [e.data for e in judge.scene.events(EventType.MEMBER) if e.data["what"] == "left"]
+    assert (left["member"], left["reason"]) == (3, "one too many")
+    assert judge.scene.book.state is RunState.TRAINING
+    judge.conductor._send_home()
+    assert judge.hands.members.keys() == {0, 1, 2}
+
+
+def test_nobody_is_sent_home_for_one_that_leaves(judge: Judge) -> None:
+    """Its node will go: who has come in its place is wanted."""
+    judge.scene.notices.hear("node-1", [Source.AWS], [Notice(Source.AWS, 120.0)], time.monotonic())
+    judge.hands.members[3] = Member(3, "node-3", None, pid=103)
+    judge.scene.arrive(3)
+    judge.conductor._send_home()
+    assert judge.hands.members.keys() == {0, 1, 2, 3}
 
 
 def test_who_is_lost_for_two_reasons_is_lost_once(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,9 @@ class Drained(Scene):
         assert self.channel.take(Control)[before.members[0]].regroup
         for member in before.roster:
             self.halted(member, -1, max(self.regrouping.generations.possible), step)
-        assert self.channel.take(Move)[seating.roster[0]].present == list(before.members), "who leaves hands over"
+        move = self.channel.take(Move)[seating.roster[0]]
+        assert move.present == list(before.members), "who leaves hands over"
+        assert set(move.leaving) <= set(seating.spares), "and knows that it has no seat for that"
         self.formed(number, step, *seating.roster)
         assert self.regrouping.generations.is_settled
         return seating
@@ -85,6 +87,7 @@ def test_who_is_noticed_leaves_at_a_step_boundary_and_hands_over_what_it_has(sce
     scene.turn(GATHER_S)
     seating = scene.changes_over(1, 7, seats=2)
     assert (seating.members, seating.spares) == ((0, 2), (1,))
+    assert scene.regrouping.seats.leaving(scene.regrouping.generations.present) == {1}
     assert scene.dismissed == {}
     scene.turn()
     assert scene.dismissed == {"node-1": [1]}, "before the node goes"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from concertina.elastic.account import Bucket
 from concertina.elastic.chaos import parse
 from concertina.state.manifest import list_checkpoints, read_manifest
 from concertina.track.events import EventType
@@ -108,6 +109,7 @@ def test_two_notices_are_one_change_and_what_is_taken_back_returns(
     assert stage.engines() == before
     nothing_was_done_again(stage)
     stage.ends_well(reference, nothing_left)
+    assert stage.account().share(Bucket.DRAINING) > stage.account().share(Bucket.SPARE), "who leaves is no spare"
 
 
 @pytest.mark.soak

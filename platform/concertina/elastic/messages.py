@@ -222,6 +222,7 @@ class Move(Message):
 
     The state is that of `source`, whose `seating` is JSON and of which only the `present` members are left, at `step`:
     who is one behind completes it with `totals`. Without a source it comes from `checkpoint`, or is the beginning.
+    `leaving` have no seat as they are about to go.
     """
 
     generation: int
@@ -234,6 +235,7 @@ class Move(Message):
     checkpoint: str | None = None
     evaluated: int = 0
     saved: int = 0
+    leaving: list[int] = field(default_factory=list)
 
 
 def encode(message: Message) -> dict[str, Any]:
