@@ -57,6 +57,7 @@ __all__ = ["Conductor"]
 log = logging.getLogger("concertina.coordinator")
 
 STILL_WAITING_S = 300.0  # a run whose events stand still for 15 minutes may be taken for lost
+_MOST_RESTARTS = 3  # without a step between them
 TURN_S = 0.25  # news of members wakes it at once; turns cost the ranks processor time
 _GUESSED = frozenset({Reason.KILLED, Reason.NODE, Reason.FROZEN, Reason.DISCONNECTED})  # by what is seen at first
 _LATE_WORDS = frozenset({Reason.OUT_OF_MEMORY, Reason.PREEMPTED})
@@ -343,8 +344,18 @@ class Conductor:
 
     # -- a coordinator that restarts ----------------------------------------------------------------------------------
 
+    def _count_restarts(self) -> None:
+        """Raises ConcertinaError when coordinators end again and again, and no step is recorded in between."""
+        step, restarts = self.book.recorded, self.journal.restarts
+        self.journal.restarts = restarts = [*restarts, step][-(_MOST_RESTARTS + 1) :]
+        self.journal.write()
+        if len(restarts) > _MOST_RESTARTS and restarts[0] == step:
+            text = f"the coordinator has ended {len(restarts)} times, and no step was recorded since step {step}"
+            raise ConcertinaError(f"{text}: logs/coordinator.log says why")
+
     def _reattach(self) -> None:
         """Find the members of this session again, by name, and tell them where the channel is now."""
+        self._count_restarts()
         members = dict(self.journal.pids)
         log.warning("restarted: re-attaching to %d members", len(members))
         state, reason = self.book.state.value, "the coordinator restarted"

@@ -29,6 +29,8 @@ class Journal:
     ledger: dict[str, Any] = field(default_factory=dict)
     cluster: str = ""
     """Where the Ray cluster is, for those who look for the run."""
+    restarts: list[int] = field(default_factory=list)
+    """Steps that were recorded when the coordinator was started again, of the newest ones."""
 
     @classmethod
     def open(cls, path: Path, session: str) -> Journal:
@@ -48,6 +50,7 @@ class Journal:
             document["last_generation"],
             document["next_member"],
             document["ledger"],
+            restarts=document["restarts"],
         )
 
     def give_number(self) -> int:
@@ -74,6 +77,7 @@ class Journal:
             "last_generation": self.last_generation,
             "next_member": self.next_member,
             "ledger": self.ledger,
+            "restarts": self.restarts,
         }
         write_atomically(self.path, json.dumps(document))
 

@@ -153,7 +153,7 @@ def _start_coordinator(plan: RunPlan) -> object:
         "namespace": plan.namespace,
         "lifetime": "detached",
         "num_cpus": 0,
-        "max_restarts": 3,
+        "max_restarts": 1000,  # it ends by itself if no step comes of them (actors/conductor.py)
         "max_task_retries": 3,
         "max_concurrency": 8,
         "scheduling_strategy": _on_the_head(),

@@ -224,9 +224,9 @@ def through_ray(folder: Path, faults: int, seed: int) -> Found:
             _strike(struck, random, found)
             if (number + 1) % _SAY_EVERY == 0:
                 print(f"Ray: {number + 1} faults", file=sys.stderr, flush=True)
-    except UserError as error:
-        found.broken_off = str(error)
-        print(f"Ray: broken off: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - hours of faults are not lost for one; it counts as a run that hangs
+        found.broken_off = str(error) if isinstance(error, UserError) else repr(error)
+        print(f"Ray: broken off: {found.broken_off}", file=sys.stderr, flush=True)
     session = str(json.loads(struck.folder.journal_file.read_text())["session"])
     run.stop()
     found.left = struck.left + count_bells(session)

@@ -13,6 +13,7 @@ import pytest
 from actors.conductor import Conductor
 from actors.evidence import Evidence
 from actors.hands import Member
+from actors.journal import Journal
 from actors.pacing import Pacing
 from actors.recruiter import Recruiter
 from concertina.elastic.channel.server import Silence
@@ -20,7 +21,7 @@ from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.messages import Halt, Prepare, RankError
 from concertina.elastic.notices import Notice, Source
 from concertina.elastic.states import RunState
-from concertina.errors import RankFailure
+from concertina.errors import ConcertinaError, RankFailure
 from concertina.track.events import EventType
 from tests.actors.test_regrouping import Outgoing, Scene
 
@@ -106,6 +107,16 @@ def test_whose_device_fails_is_lost_and_the_run_is_not(judge: Judge) -> None:
     (recovery,) = judge.scene.events(EventType.RECOVERY)
     assert (recovery.data["cause"]["reason"], recovery.data["cause"]["member"]) == ("hardware", 1)
     assert judge.losses() == [(1, "hardware")], "once"
+
+
+def test_a_coordinator_that_ends_again_and_again_ends_the_run_unless_steps_come_of_it(judge: Judge) -> None:
+    for step in (5, 5, 5, 6, 6, 6):
+        judge.scene.book._written[EventType.STEP] = step
+        judge.conductor._count_restarts()
+    again = Journal.open(judge.scene.journal.path, "session")
+    assert again.restarts == [5, 6, 6, 6], "who comes next knows"
+    with pytest.raises(ConcertinaError, match="ended 4 times, and no step was recorded since step 6"):
+        judge.conductor._count_restarts()
 
 
 def test_who_is_one_too_many_is_sent_home_once_all_ranks_are_there(judge: Judge) -> None:
