@@ -76,7 +76,8 @@ class _Struck:
         access = ClusterAccess(nodes.address)
         access.connect(f"concertina-{self.folder.run_id}")
         own_all()  # ray.init brings a handler of SIGTERM
-        self.injector: Injector = Injector(self.folder, access, lambda strike: None)
+        self._make = lambda: Injector(self.folder, access, lambda strike: None)
+        self.injector: Injector = self._make()
         self._tail = Tail(self.folder.events_file)
         self.ready: set[int] = set()
         self._gone: set[int] = set()
@@ -174,10 +175,10 @@ class _Struck:
                 self.await_whole(coordinator=scene.coordinator)
         return set()
 
-    def _do(self, line: str) -> None:
+    def _do(self, line: str, injector: Injector | None = None) -> None:
         from concertina.elastic.chaos import parse
 
-        self.injector.carry_out(parse(line))
+        (injector or self.injector).carry_out(parse(line))
 
     def _without(self, members: Sequence[int]) -> set[int]:
         self.await_whole(members)
@@ -198,7 +199,7 @@ class _Struck:
         """Begun when this returns; what it returns waits for its end."""
         import threading
 
-        thread = threading.Thread(target=self._do, args=(line,), daemon=True)
+        thread = threading.Thread(target=self._do, args=(line, self._make()), daemon=True)
         thread.start()
         thread.join(1.0)
 
