@@ -277,14 +277,14 @@ class Conductor:
             return
         if seating.layout.world == self.plan.job.cluster.num_workers:
             idle = [m.number for m in self.hands.members.values() if m.pid and seating.rank_of(m.number) is None]
-            self._part_with(sorted(idle)[:surplus], "one too many")
+            if idle:
+                self._part_with(sorted(idle)[:surplus], "one too many")
 
     def _part_with(self, members: list[int], why: str) -> None:
         """They end in order."""
         for member in members:
             self.journal.forget(member)  # before `dismiss` may write it
-        if members:
-            self.regrouping.dismiss(members, why)
+        self.regrouping.dismiss(members, why)
         self.accounting.leave(members)
         for member in members:
             self.server.expel(member)

@@ -6,6 +6,7 @@ obeys them. Without a coordinator on it, a member leaves by itself.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 
 import ray
 import torch
-import torch._dynamo  # by the first optimizer otherwise, for most of a second, while a join waits
 
 from actors.assignment import Assignment, bell_name
 from actors.link import RankLink
@@ -45,6 +45,7 @@ class Rank:
         self._client = ChannelClient(seat.channel, plan.token, seat.member)
         self._link = RankLink(self._client, stamp)
         self._link.progress(plan.resume_step, "waiting for the others")
+        importlib.import_module("torch._dynamo")  # else the first optimizer does, most of a second, and a join waits
         torch.set_num_threads(plan.job.cluster.threads_per_worker)
         self._trainer = Trainer(seat, self._link, self._address)
         spare_imports()

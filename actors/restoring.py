@@ -33,19 +33,24 @@ class Restoring:
         self._thread: threading.Thread | None = None
         self._found: Path | None = None
         self._damaged: list[Damage] = []
+        self._unread: OSError | None = None
 
     def begin(self, number: int) -> bool:
         """Generation `number` wants a checkpoint. What is still being written is given up. Whether it is over."""
         self.book.catch_up()
         give_up_partial(self.plan.checkpoints)
-        self._number = number
+        self._number, self._found, self._damaged, self._unread = number, None, [], None
         self._thread = threading.Thread(target=self._look, args=(number,), name="restoring", daemon=True)
         self._thread.start()
         self._thread.join(_AT_ONCE_S)
         return self.is_over
 
     def _look(self, number: int) -> None:
-        complete = list_checkpoints(self.plan.checkpoints)
+        try:
+            complete = list_checkpoints(self.plan.checkpoints)
+        except OSError as error:
+            self._unread = error
+            return
         found, damaged = newest_sound(complete, self.plan.resume_from)  # that one the driver has read
         if number == self._number:
             self._found, self._damaged = found, damaged
@@ -59,11 +64,13 @@ class Restoring:
         """What to restore; None when another generation than the one that asked is coming by now, which asks anew if it
         must. What is damaged is removed, once there is something to go back to.
 
-        Raises CheckpointError when there are checkpoints, and none is sound.
+        Raises CheckpointError when there are checkpoints and none is sound, or when nobody can say whether there are.
         """
         self._thread = None
         if coming is None or coming.number != self._number:
             return None
+        if self._unread is not None:
+            raise CheckpointError(f"nobody has the state, and {self.plan.checkpoints} cannot be read: {self._unread}")
         for folder, why in self._damaged:
             log.warning("%s; %s is passed over", why, folder.name)
         found = self._found or self.plan.resume_from

@@ -31,7 +31,7 @@ from infra.probe import Targets
 
 __all__ = ["BareCluster", "BareHands", "Process"]
 
-_PRELOAD = ["actors.rank", "actors.conductor", "concertina.train.loop", "concertina.train.standalone"]
+_PRELOAD = ["actors.rank", "actors.conductor", "concertina.train.standalone", "torch._dynamo"]
 _BEGINS_WITHIN_S = 30.0
 _ANSWERS_WITHIN_S = 20.0
 

@@ -85,6 +85,19 @@ def test_where_none_is_sound_nothing_is_removed_and_the_run_ends(scene: Scene) -
     assert len(list_checkpoints(scene.plan.checkpoints)) == 2, "a person shall see them"
 
 
+def test_a_folder_that_cannot_be_read_is_not_one_without_checkpoints(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To begin again from nothing would lose them."""
+
+    def refuse(root: Path) -> list[Path]:
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr("actors.restoring.list_checkpoints", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read: not allowed"):
+        lose_everything(scene)
+
+
 def test_reading_a_large_one_holds_nobody_up(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
