@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable, Collection
@@ -29,7 +30,7 @@ from infra.death_bell import DeathBell, is_supported
 from infra.keeper_spec import LOOPBACK
 from infra.probe import Targets
 
-__all__ = ["BareCluster", "BareHands", "Process"]
+__all__ = ["BareCluster", "BareHands", "Process", "cut_connections"]
 
 _PRELOAD = ["actors.rank", "actors.conductor", "concertina.train.standalone", "torch._dynamo"]
 _BEGINS_WITHIN_S = 30.0
@@ -129,19 +130,22 @@ def _serve(pipe: Connection, seat: Assignment) -> None:
             case ("fuse", deed, step, phase):
                 pipe.send(rank.lay_fuse(deed, step=step, phase=phase))
             case ("cut",):
-                pipe.send(_cut(seat.channel))
+                pipe.send(cut_connections(seat.channel))
             case ("held",):
                 pipe.send(Held.now())
 
 
-def _cut(address: tuple[str, int]) -> int:
+def cut_connections(address: tuple[str, int]) -> int:
     """Break this process's connections to an address, as a network does; how many there were."""
     cut = 0
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as held:  # no socket, or not connected
-            if held.getpeername() == address:
-                held.shutdown(socket.SHUT_RDWR)
-                cut += 1
+        with suppress(OSError):  # closed since, or not connected
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue  # a duplicate of it would be no socket, and stay
+            with socket.socket(fileno=os.dup(descriptor)) as held:
+                if held.getpeername() == address:
+                    held.shutdown(socket.SHUT_RDWR)
+                    cut += 1
     return cut
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from benchmarks.faults import deeds
 from benchmarks.faults.__main__ import rows_of
+from benchmarks.faults.bare import cut_connections
 from benchmarks.faults.deeds import DEEDS, bit_flipped, killed, stopped_for_a_moment
 from benchmarks.faults.found import Deviation, Found, Leak, Strike, count_flaws, leaks_of, standing
 from benchmarks.faults.held import Held
@@ -79,6 +82,17 @@ def test_whatever_is_not_as_it_must_be_misses_its_goal() -> None:
 def test_what_another_process_found_arrives() -> None:
     found = Found("Ray", [Strike("node killed", (1, 2), (1, 2), 0.5)], steps=9, deviation=Deviation(0.0, 1e-15, 9))
     assert Found.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.unit
+def test_a_connection_is_cut_and_nothing_is_left_of_the_hand_that_cuts_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+        far, _ = server.accept()
+        before = len(os.listdir("/proc/self/fd"))
+        assert cut_connections(server.getsockname()) == 1
+        assert near.recv(1) == far.recv(1) == b""
+        assert len(os.listdir("/proc/self/fd")) == before
+        far.close()
 
 
 # -- a session ---------------------------------------------------------------------------------------------------------
