@@ -17,7 +17,7 @@ from concertina.elastic.channel.server import ChannelServer, Silence
 from concertina.elastic.losses import Loss, Reason
 from concertina.elastic.waits import BOUNDS
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "is_on_storage"]
 
 log = logging.getLogger("concertina.coordinator")
 
@@ -29,6 +29,7 @@ _DIED = {
     Reason.KILLED: "its process died (SIGKILL, out of memory, or a crash)",
     Reason.OUT_OF_MEMORY: "its process died as the kernel killed one for memory",
 }
+_ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
 class Evidence:
@@ -133,3 +134,10 @@ def _says_more(said: tuple[Reason, str], ray_said: tuple[Reason, str] | None) ->
 
 def _is_suspect(silence: Silence) -> bool:
     return silence.seconds > _SUSPECT_S
+
+
+def is_on_storage(silence: Silence | None) -> bool:
+    """Whether a member that is heard waits for nobody but a disk, which may take a while."""
+    if silence is None or silence.suspicious:
+        return False
+    return silence.phase in _ON_STORAGE and silence.progress_age_s < BOUNDS["storage"].seconds

@@ -17,9 +17,10 @@ from actors.accounting import Accounting
 from actors.assignment import RunPlan
 from actors.book import Book
 from actors.change import Change
+from actors.evidence import is_on_storage
 from actors.journal import Journal
 from actors.restoring import Restoring
-from concertina.elastic.channel.server import ChannelServer, Silence
+from concertina.elastic.channel.server import ChannelServer
 from concertina.elastic.doubts import Doubts
 from concertina.elastic.generations import Coming, Generations, Order, OrderKind
 from concertina.elastic.losses import Loss, Reason
@@ -40,7 +41,6 @@ log = logging.getLogger("concertina.coordinator")
 
 _SETTLE_S = 0.5  # joiners that are ready within so long come in together
 _MOST_TRIES = 10  # regroupings in a row without a new step, at least: a bad network may come back in five minutes
-_ON_STORAGE = frozenset({"checkpoint", "last checkpoint", "loading"})  # phases in which no fence wakes a member
 
 
 class Regrouping:
@@ -466,7 +466,7 @@ class Regrouping:
         if self._deadline is not None and self._deadline[1] == "halt" and time.monotonic() > self._deadline[0]:
             silences = self.server.silences()
             for member in (self.generations.holders - self.generations.reports.keys()).intersection(members):
-                if not _is_on_storage(silences.get(member)):
+                if not is_on_storage(silences.get(member)):
                     late[member] = f"not done within {BOUNDS['halt'].seconds:g} s: halt"
             self._expect("halt")
         return [Loss(member, nodes.get(member, ""), Reason.LATE, late[member]) for member in sorted(late)]
@@ -491,10 +491,3 @@ class Regrouping:
         self._doubts.settle(min(self.journal.seatings.items())[1].roster if self.journal.seatings else ())
         self._unseated_since = time.monotonic() if present else None
         self._do(orders)
-
-
-def _is_on_storage(silence: Silence | None) -> bool:
-    """Whether a member that is heard waits for nobody but a disk, which may take a while."""
-    if silence is None or silence.suspicious:
-        return False
-    return silence.phase in _ON_STORAGE and silence.progress_age_s < BOUNDS["storage"].seconds

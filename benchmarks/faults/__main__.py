@@ -68,7 +68,11 @@ def rows_of(name: str, wanted: int, found: Sequence[Found]) -> list[Row]:
 def _through_ray(faults: int, seed: int) -> Found:
     """In a process of its own, which chooses Ray's settings before it imports Ray. Raises UserError when it fails."""
     command = [sys.executable, "-m", "benchmarks.faults.through_ray", "--faults", str(faults), "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=faults * BOUND_S)
+    bound_s = (faults + 10) * BOUND_S
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=bound_s)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{shlex.join(command)} took more than {bound_s:.0f} s") from error
     if done.returncode:
         raise UserError(f"{shlex.join(command)} ended with {done.returncode}")
     return Found.from_json(json.loads(done.stdout))

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -197,8 +198,6 @@ class _Struck:
 
     def _in_thread(self, line: str) -> Callable[[], None]:
         """Begun when this returns; what it returns waits for its end."""
-        import threading
-
         thread = threading.Thread(target=self._do, args=(line, self._make()), daemon=True)
         thread.start()
         thread.join(1.0)
